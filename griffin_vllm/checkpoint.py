@@ -1,0 +1,281 @@
+"""A head on disk: tensor names and shapes, finding a head, reading it safely, writing it whole."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from griffin_vllm.config import HeadConfig
+from griffin_vllm.errors import GriffinError
+
+CONFIG_FILE = "config.json"
+SAFETENSORS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
+PREFIX = "griffin:"
+BUNDLED_HEADS = Path(__file__).parent / "heads"
+
+EMBEDDINGS = "embed_tokens.weight"
+# vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
+DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
+
+_FLOAT_DTYPES = {"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}
+_INTEGER_DTYPES = {"I64", "I32", "BOOL", "INT64", "INT32"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def tensor_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a GRIFFIN head must have, under its published name, with its shape."""
+    d, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.fc.weight": (d, 2 * d),
+        "fc.fc.bias": (d,),
+        "fc.post_attention_layernorm.weight": (d,),
+        "fc.mlp.input_layernorm.weight": (d,),
+        "fc.mlp.up_proj.weight": (inner, 2 * d),
+        "fc.mlp.down_proj.weight": (d, inner),
+        "layers.0.self_attn.q_proj.weight": (q, d),
+        "layers.0.self_attn.k_proj.weight": (kv, d),
+        "layers.0.self_attn.v_proj.weight": (kv, d),
+        "layers.0.self_attn.o_proj.weight": (d, q),
+        "layers.0.post_attention_layernorm.weight": (d,),
+        "layers.0.mlp.gate_proj.weight": (inner, d),
+        "layers.0.mlp.up_proj.weight": (inner, d),
+        "layers.0.mlp.down_proj.weight": (2 * d, inner),
+    }
+    if config.qkv_bias:
+        shapes["layers.0.self_attn.q_proj.bias"] = (q,)
+        shapes["layers.0.self_attn.k_proj.bias"] = (kv,)
+        shapes["layers.0.self_attn.v_proj.bias"] = (kv,)
+    if config.draft_vocab_size < config.vocab_size:
+        shapes[DRAFT_TO_TARGET] = (config.draft_vocab_size,)
+        shapes[TARGET_TO_DRAFT] = (config.vocab_size,)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head folder whose config and tensor headers have been checked against each other."""
+
+    folder: Path
+    weights: Path
+    config: HeadConfig
+
+    @property
+    def is_served_layout(self) -> bool:
+        return (
+            HeadConfig.is_served_layout(self.folder / CONFIG_FILE) and self.weights.name == SAFETENSORS_FILE
+        )
+
+
+def bundled_heads() -> list[str]:
+    """Names of the heads that ship with this package."""
+    return sorted(path.parent.name for path in BUNDLED_HEADS.glob(f"*/{CONFIG_FILE}"))
+
+
+def find_head(name: str) -> Path:
+    """Folder of the head called ``name``: bundled name, folder, or Hub id ``org/name[@revision]``.
+
+    Raises:
+        GriffinError: nothing of that name, or the Hub cannot be reached.
+    """
+    if not name.strip():
+        raise GriffinError(
+            f"no head named after {PREFIX!r}: give a bundled name "
+            f"({', '.join(bundled_heads()) or 'none here'}), "
+            "a folder, or a Hub id org/name"
+        )
+    if name in bundled_heads():
+        return BUNDLED_HEADS / name
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
+        return _download(name)
+    near = difflib.get_close_matches(name, bundled_heads(), n=1, cutoff=0.4)
+    hint = (
+        f"did you mean {PREFIX}{near[0]}?"
+        if near
+        else f"bundled heads: {', '.join(bundled_heads()) or 'none'}"
+    )
+    raise GriffinError(f"{PREFIX}{name}: no bundled head, folder or Hub id of that name; {hint}")
+
+
+def open_head(folder: Path) -> Head:
+    """Check a head folder of either layout without loading its weights.
+
+    Raises:
+        GriffinError: something is missing, of the wrong shape, or not a GRIFFIN head.
+    """
+    try:
+        is_folder = folder.is_dir()
+        folder = folder.resolve(strict=True) if is_folder else folder
+    except (OSError, RuntimeError) as error:
+        raise GriffinError(f"{folder}: cannot be read ({error})") from error
+    if not is_folder:
+        raise GriffinError(f"{folder}: is not a folder; a head is a folder with {CONFIG_FILE} and weights")
+    weights = next(
+        (folder / name for name in (SAFETENSORS_FILE, PICKLE_FILE) if (folder / name).is_file()), None
+    )
+    if weights is None:
+        raise GriffinError(f"{folder}: has no {SAFETENSORS_FILE} or {PICKLE_FILE}")
+    config = HeadConfig.read(folder / CONFIG_FILE)
+    _check_tensors(weights, config)
+    return Head(folder, weights, config)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, on CPU, in their stored dtype; a pickle may hold tensors only.
+
+    Raises:
+        GriffinError: truncated, or not a weights file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _load_pickle(path)
+    except (SafetensorError, OSError) as error:
+        raise GriffinError(f"{path}: is not a readable safetensors file ({error})") from error
+
+
+def save_head(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], card: str | None = None
+) -> None:
+    """Write a head folder so that a reader sees either the old one or the whole new one.
+
+    ``config`` is the JSON object of either layout; ``tensors`` are written as bf16 (integers as they are).
+    """
+    stored = {
+        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
+    with atomic_folder(folder) as staging:
+        save_file(stored, staging / SAFETENSORS_FILE, metadata={"format": "pt"})
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / folder.name)
+            os.replace(staging, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds here, and none of them is the user's business
+        raise GriffinError(
+            f"{path}: is not a plain PyTorch weights file; code in a pickle is never run "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise GriffinError.at(path, "content", type(state).__name__, "a state dict (names to tensors)")
+    return state
+
+
+def _tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype name of every tensor, without reading a safetensors file's data."""
+    if path.suffix != ".safetensors":
+        return {
+            name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in _load_pickle(path).items()
+        }
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise GriffinError(f"{path}: is not a readable safetensors file ({error})") from error
+
+
+def _check_tensors(path: Path, config: HeadConfig) -> None:
+    found = _tensor_headers(path)
+    expected = tensor_shapes(config)
+    if "fc.mlp.up_proj.weight" not in found:
+        kind = _other_speculator(set(found))
+        raise GriffinError(f"{path}: has no fc.mlp.up_proj.weight, so it is not a GRIFFIN head{kind}")
+    for name, shape in expected.items():
+        if name not in found:
+            raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
+        if found[name][0] != shape:
+            raise GriffinError.at(path, f"tensor {name}", found[name][0], f"shape {shape}")
+        integer = name in (DRAFT_TO_TARGET, TARGET_TO_DRAFT)
+        if found[name][1].upper() not in (_INTEGER_DTYPES if integer else _FLOAT_DTYPES):
+            raise GriffinError.at(
+                path, f"dtype of {name}", found[name][1], "integers" if integer else "floats"
+            )
+    extra = sorted(set(found) - set(expected) - {EMBEDDINGS})
+    if extra:
+        raise GriffinError.at(path, "tensors", extra[:3], "none beyond those of a GRIFFIN head")
+    if EMBEDDINGS in found and found[EMBEDDINGS][0] != (config.vocab_size, config.hidden_size):
+        raise GriffinError.at(
+            path,
+            f"tensor {EMBEDDINGS}",
+            found[EMBEDDINGS][0],
+            f"shape {(config.vocab_size, config.hidden_size)}",
+        )
+
+
+def _other_speculator(names: set[str]) -> str:
+    if (
+        any("hidden_norm" in name or "fc_norm" in name for name in names)
+        or "midlayer.mlp.up_proj.weight" in names
+    ):
+        return "; it looks like an EAGLE-3 head (vLLM's method 'eagle3')"
+    if "fc.weight" in names:
+        return "; it looks like an EAGLE or HASS head (vLLM's method 'eagle')"
+    if any("medusa" in name for name in names) or any(re.fullmatch(r"\d+\.\d+\..*", n) for n in names):
+        return "; it looks like Medusa heads (vLLM's method 'medusa')"
+    return ""
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=[CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE],
+            )
+        )
+    except (
+        Exception
+    ) as error:  # offline, no such repository, no access: the Hub client has one class for each
+        raise GriffinError(
+            f"{PREFIX}{name}: is neither a folder here nor a repository that the Hugging Face Hub gave out "
+            f"({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,226 @@
+"""What a draft head is: its sizes, and the two ``config.json`` layouts that describe it.
+
+*Reference layout*: what the GRIFFIN authors publish, a plain ``llama`` or ``qwen2`` config with one
+layer; nothing in it says GRIFFIN. *Served layout*: ours, a speculators-format config that vLLM reads
+by itself and that also names the target, the recommended K and the trained context length.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from griffin_vllm.errors import GriffinError
+
+METHOD = "griffin"
+ARCHITECTURE = "GriffinForCausalLM"
+REFERENCE_MODEL_TYPES = ("llama", "qwen2")
+# A config.json is a few kilobytes; reading more than this is never needed to describe a head.
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class HeadConfig(BaseModel):
+    """Sizes and provenance of one draft head. Sizes always come from the head, never from its target.
+
+    The field names of the sizes are those of a Hugging Face ``LlamaConfig``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    vocab_size: PositiveInt = Field(description="the target's vocabulary")
+    draft_vocab_size: PositiveInt = Field(description="tokens the head can draft; vocab_size means all")
+    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    qkv_bias: bool = False
+    target: str | None = Field(None, description="folder or Hub id of the target that it was trained for")
+    num_speculative_tokens: PositiveInt = Field(5, description="recommended K")
+    trained_context_length: PositiveInt | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> HeadConfig:
+        """Read ``path`` (a ``config.json`` of either layout).
+
+        Raises:
+            GriffinError: the file is missing, is not JSON, or describes no GRIFFIN head.
+        """
+        raw = read_json(path)
+        if "speculators_model_type" in raw:
+            return cls._from_served(raw, path)
+        return cls._from_reference(raw, path)
+
+    @classmethod
+    def is_served_layout(cls, path: Path) -> bool:
+        """Whether the ``config.json`` at ``path`` is one that vLLM reads as it is."""
+        return "speculators_model_type" in read_json(path)
+
+    def to_served(self) -> dict[str, Any]:
+        """The served layout's JSON object (format of the ``speculators`` project, as vLLM's
+        ``transformers_utils/configs/speculators/base.py`` reads it)."""
+        return {
+            "architectures": [ARCHITECTURE],
+            "speculators_model_type": METHOD,
+            "speculators_config": {
+                "algorithm": METHOD,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {"proposal_type": "greedy", "speculative_tokens": self.num_speculative_tokens}
+                ],
+                "verifier": {"name_or_path": self.target, "architectures": []},
+            },
+            "transformer_layer_config": self.layer_config("llama"),
+            "draft_vocab_size": self.draft_vocab_size,
+            "trained_context_length": self.trained_context_length,
+            "torch_dtype": "bfloat16",
+        }
+
+    def layer_config(self, model_type: str) -> dict[str, Any]:
+        """A one-layer Hugging Face config of ``model_type`` with this head's sizes."""
+        return {
+            "model_type": model_type,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "qkv_bias": self.qkv_bias,
+            "tie_word_embeddings": False,
+        }
+
+    @classmethod
+    def _from_served(cls, raw: dict[str, Any], path: Path) -> HeadConfig:
+        kind = raw["speculators_model_type"]
+        if kind != METHOD:
+            raise GriffinError.at(path, "speculators_model_type", kind, repr(METHOD))
+        layer = raw.get("transformer_layer_config")
+        if not isinstance(layer, dict):
+            raise GriffinError.at(path, "transformer_layer_config", layer, "an object with the head's sizes")
+        try:
+            speculators = raw["speculators_config"]
+            provenance = {
+                "target": speculators["verifier"]["name_or_path"],
+                "num_speculative_tokens": speculators["proposal_methods"][0]["speculative_tokens"],
+                "trained_context_length": raw.get("trained_context_length"),
+            }
+        except (KeyError, IndexError, TypeError) as error:
+            raise GriffinError.at(
+                path,
+                "speculators_config",
+                raw.get("speculators_config"),
+                "an object with verifier.name_or_path and proposal_methods[0].speculative_tokens",
+            ) from error
+        draft_vocab_size = raw.get("draft_vocab_size")
+        if draft_vocab_size is None:
+            draft_vocab_size = layer.get("vocab_size")
+        return cls._build(layer, path, draft_vocab_size=draft_vocab_size, **provenance)
+
+    @classmethod
+    def _from_reference(cls, raw: dict[str, Any], path: Path) -> HeadConfig:
+        model_type = raw.get("model_type", "llama")
+        if model_type not in REFERENCE_MODEL_TYPES:
+            raise GriffinError.at(path, "model_type", model_type, f"one of {REFERENCE_MODEL_TYPES}")
+        if raw.get("num_hidden_layers") != 1:
+            raise GriffinError.at(
+                path,
+                "num_hidden_layers",
+                raw.get("num_hidden_layers"),
+                "1 (a GRIFFIN head is one decoder layer; is this a whole model?)",
+            )
+        return cls._build(raw, path, draft_vocab_size=raw.get("vocab_size"))
+
+    @classmethod
+    def _build(cls, layer: dict[str, Any], path: Path, **rest: Any) -> HeadConfig:
+        if layer.get("hidden_act", "silu") != "silu":
+            raise GriffinError.at(path, "hidden_act", layer["hidden_act"], "'silu'")
+        heads = layer.get("num_attention_heads")
+        fields: dict[str, Any] = {
+            name: layer[name] for name in cls.model_fields if layer.get(name) is not None and name not in rest
+        }
+        fields.setdefault("num_key_value_heads", heads)
+        fields["rope_theta"] = _rope_theta(layer, path)
+        if "head_dim" not in fields and isinstance(heads, int) and heads > 0:
+            hidden = layer.get("hidden_size")
+            if isinstance(hidden, int):
+                if hidden % heads:
+                    raise GriffinError.at(
+                        path, "hidden_size", hidden, f"a multiple of num_attention_heads={heads}"
+                    )
+                fields["head_dim"] = hidden // heads
+        try:
+            config = cls(**fields, **rest)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise GriffinError.at(
+                path, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]
+            ) from error
+        return config._checked(path)
+
+    def _checked(self, path: Path) -> HeadConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise GriffinError.at(
+                path,
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"a divisor of num_attention_heads={self.num_attention_heads}",
+            )
+        if self.head_dim % 2:
+            raise GriffinError.at(path, "head_dim", self.head_dim, "an even number (rotary embedding)")
+        if self.draft_vocab_size > self.vocab_size:
+            raise GriffinError.at(
+                path, "draft_vocab_size", self.draft_vocab_size, f"at most vocab_size={self.vocab_size}"
+            )
+        return self
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON object.
+
+    Raises:
+        GriffinError: missing, unreadable, too large, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise GriffinError.at(path, "size", size, f"at most {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, GriffinError):
+            raise
+        raise GriffinError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise GriffinError.at(path, "top level", type(value).__name__, "a JSON object")
+    return value
+
+
+def _rope_theta(layer: dict[str, Any], path: Path) -> float:
+    """Rotary base; 10000 where the config is silent, as in the reference.
+
+    The reference's scaled variants ignore the base and no published head uses them, so they are refused.
+    """
+    scaling = layer.get("rope_scaling")
+    parameters = layer.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise GriffinError.at(path, "rope_parameters", parameters, "an object")
+    kind = parameters.get("rope_type", "default")
+    if scaling is not None or kind != "default":
+        raise GriffinError.at(path, "rope_scaling", scaling or kind, "null (scaled rotary is not supported)")
+    theta = parameters.get("rope_theta", layer.get("rope_theta"))
+    return 10000.0 if theta is None else theta

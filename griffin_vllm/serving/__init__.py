@@ -1,0 +1,1 @@
+"""The vLLM plugin: serve a target with a GRIFFIN draft head."""

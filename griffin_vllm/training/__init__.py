@@ -1,0 +1,1 @@
+"""The offline trainer: GRIFFIN, HASS and EAGLE heads. Imports no vLLM."""
