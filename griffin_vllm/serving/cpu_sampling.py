@@ -49,7 +49,7 @@ def expand(
     replace_to: int,
     MAX_NUM_TOKENS: int | None = None,  # noqa: N803 - the Triton kernel's name
 ) -> None:
-    """Write each request's value (``replace_to`` where it is ``replace_from``) once per token, into ``output``.
+    """Write each request's value, or ``replace_to`` for ``replace_from``, once per token into ``output``.
 
     ``output`` (num_tokens) and ``input_val`` (num_reqs) share any dtype; ``cu_num_tokens`` (num_reqs) are
     inclusive running sums, as in ``expand_kernel`` of ``vllm/v1/sample/rejection_sampler.py``.
