@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from griffin_vllm.config import HeadConfig
+from griffin_vllm.config import METHOD, HeadConfig, read_json
 from griffin_vllm.errors import GriffinError
 
 CONFIG_FILE = "config.json"
@@ -28,6 +28,8 @@ PREFIX = "griffin:"
 BUNDLED_HEADS = Path(__file__).parent / "heads"
 
 EMBEDDINGS = "embed_tokens.weight"
+# The tensor that no other kind of draft head has.
+FUSION_UP_PROJ = "fc.mlp.up_proj.weight"
 # vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
@@ -46,7 +48,7 @@ def tensor_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
         "fc.fc.bias": (d,),
         "fc.post_attention_layernorm.weight": (d,),
         "fc.mlp.input_layernorm.weight": (d,),
-        "fc.mlp.up_proj.weight": (inner, 2 * d),
+        FUSION_UP_PROJ: (inner, 2 * d),
         "fc.mlp.down_proj.weight": (d, inner),
         "layers.0.self_attn.q_proj.weight": (q, d),
         "layers.0.self_attn.k_proj.weight": (kv, d),
@@ -101,9 +103,14 @@ def find_head(name: str) -> Path:
         )
     if name in bundled_heads():
         return BUNDLED_HEADS / name
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return folder
+    try:
+        folder = Path(name).expanduser()
+        if folder.exists():
+            return folder
+    except (OSError, RuntimeError, ValueError) as error:
+        raise GriffinError(
+            f"{PREFIX}{name[:80]}: cannot be looked up ({GriffinError.reason(error)})"
+        ) from error
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
         return _download(name)
     near = difflib.get_close_matches(name, bundled_heads(), n=1, cutoff=0.4)
@@ -125,7 +132,7 @@ def open_head(folder: Path) -> Head:
         is_folder = folder.is_dir()
         folder = folder.resolve(strict=True) if is_folder else folder
     except (OSError, RuntimeError) as error:
-        raise GriffinError(f"{folder}: cannot be read ({error})") from error
+        raise GriffinError(f"{folder}: cannot be read ({GriffinError.reason(error)})") from error
     if not is_folder:
         raise GriffinError(f"{folder}: is not a folder; a head is a folder with {CONFIG_FILE} and weights")
     weights = next(
@@ -136,6 +143,17 @@ def open_head(folder: Path) -> Head:
     config = HeadConfig.read(folder / CONFIG_FILE)
     _check_tensors(weights, config)
     return Head(folder, weights, config)
+
+
+def is_griffin_head(folder: Path) -> bool:
+    """Whether ``folder`` is a head of this kind, by its config or its tensor names; False for anything else."""
+    try:
+        if read_json(folder / CONFIG_FILE).get("speculators_model_type") == METHOD:
+            return True
+        weights = folder / SAFETENSORS_FILE
+        return weights.is_file() and FUSION_UP_PROJ in _tensor_headers(weights)
+    except GriffinError:
+        return False
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -153,15 +171,49 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise GriffinError(f"{path}: is not a readable safetensors file ({error})") from error
 
 
+def check_values(head: Head) -> None:
+    """Check what the headers of an opened head do not show; reads the whole weights file.
+
+    Raises:
+        GriffinError: NaN or infinity in a tensor, or a draft vocabulary outside the target's.
+    """
+    tensors = load_tensors(head.weights)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise GriffinError(
+                f"{head.weights}: tensor {name} holds NaN or infinity, expected finite numbers"
+            )
+    if DRAFT_TO_TARGET in tensors:
+        offsets = tensors[DRAFT_TO_TARGET].long()
+        target_ids = offsets + torch.arange(offsets.shape[0])
+        if target_ids.min() < 0 or target_ids.max() >= head.config.vocab_size:
+            worst = int(target_ids.min() if target_ids.min() < 0 else target_ids.max())
+            raise GriffinError.at(
+                head.weights,
+                f"a target id in {DRAFT_TO_TARGET}",
+                worst,
+                f"0 to {head.config.vocab_size - 1} (the target's vocabulary)",
+            )
+        if target_ids.unique().shape[0] != target_ids.shape[0]:
+            raise GriffinError(
+                f"{head.weights}: {DRAFT_TO_TARGET} names a target id twice, expected each at most once"
+            )
+
+
 def save_head(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], card: str | None = None
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    card: str | None = None,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> None:
     """Write a head folder so that a reader sees either the old one or the whole new one.
 
-    ``config`` is the JSON object of either layout; ``tensors`` are written as bf16 (integers as they are).
+    ``config`` is the JSON object of either layout; floating-point ``tensors`` are written as ``dtype``
+    (None: as they are).
     """
     stored = {
-        name: (tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor).contiguous()
+        name: (tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in tensors.items()
     }
     with atomic_folder(folder) as staging:
@@ -197,9 +249,11 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many kinds here, and none of them is the user's business
         raise GriffinError(
             f"{path}: is not a plain PyTorch weights file; code in a pickle is never run "
-            f"({str(error).splitlines()[0]})"
+            f"({GriffinError.reason(error)})"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise GriffinError.at(path, "content", type(state).__name__, "a state dict (names to tensors)")
     return state
 
@@ -222,9 +276,9 @@ def _tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 def _check_tensors(path: Path, config: HeadConfig) -> None:
     found = _tensor_headers(path)
     expected = tensor_shapes(config)
-    if "fc.mlp.up_proj.weight" not in found:
+    if FUSION_UP_PROJ not in found:
         kind = _other_speculator(set(found))
-        raise GriffinError(f"{path}: has no fc.mlp.up_proj.weight, so it is not a GRIFFIN head{kind}")
+        raise GriffinError(f"{path}: has no {FUSION_UP_PROJ}, so it is not a GRIFFIN head{kind}")
     for name, shape in expected.items():
         if name not in found:
             raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
@@ -277,5 +331,5 @@ def _download(name: str) -> Path:
     ) as error:  # offline, no such repository, no access: the Hub client has one class for each
         raise GriffinError(
             f"{PREFIX}{name}: is neither a folder here nor a repository that the Hugging Face Hub gave out "
-            f"({str(error).splitlines()[0]})"
+            f"({GriffinError.reason(error)})"
         ) from error

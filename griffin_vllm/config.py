@@ -28,7 +28,7 @@ class HeadConfig(BaseModel):
     The field names of the sizes are those of a Hugging Face ``LlamaConfig``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -132,6 +132,13 @@ class HeadConfig(BaseModel):
 
     @classmethod
     def _from_reference(cls, raw: dict[str, Any], path: Path) -> HeadConfig:
+        if "medusa_num_heads" in raw:
+            raise GriffinError.at(
+                path,
+                "medusa_num_heads",
+                raw["medusa_num_heads"],
+                "a GRIFFIN head (vLLM's method is 'medusa')",
+            )
         model_type = raw.get("model_type", "llama")
         if model_type not in REFERENCE_MODEL_TYPES:
             raise GriffinError.at(path, "model_type", model_type, f"one of {REFERENCE_MODEL_TYPES}")
@@ -166,9 +173,10 @@ class HeadConfig(BaseModel):
             config = cls(**fields, **rest)
         except ValidationError as error:
             first = error.errors()[0]
-            raise GriffinError.at(
-                path, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]
-            ) from error
+            field, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+            if first["type"] == "missing":
+                raise GriffinError(f"{path}: {field} is missing, expected one of the head's sizes") from error
+            raise GriffinError.at(path, field, first["input"], expected) from error
         return config._checked(path)
 
     def _checked(self, path: Path) -> HeadConfig:
@@ -195,6 +203,8 @@ def read_json(path: Path) -> dict[str, Any]:
         GriffinError: missing, unreadable, too large, not JSON, or not an object.
     """
     try:
+        if not path.is_file():  # a device or a pipe could be read without end
+            raise GriffinError(f"{path}: is missing or not a regular file")
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise GriffinError.at(path, "size", size, f"at most {MAX_CONFIG_BYTES} bytes")
@@ -204,7 +214,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, GriffinError):
             raise
-        raise GriffinError(f"{path}: is not valid JSON ({error})") from error
+        raise GriffinError(f"{path}: is not valid JSON ({GriffinError.reason(error)})") from error
     if not isinstance(value, dict):
         raise GriffinError.at(path, "top level", type(value).__name__, "a JSON object")
     return value
@@ -219,7 +229,7 @@ def _rope_theta(layer: dict[str, Any], path: Path) -> float:
     parameters = layer.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise GriffinError.at(path, "rope_parameters", parameters, "an object")
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if scaling is not None or kind != "default":
         raise GriffinError.at(path, "rope_scaling", scaling or kind, "null (scaled rotary is not supported)")
     theta = parameters.get("rope_theta", layer.get("rope_theta"))

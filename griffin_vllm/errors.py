@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# A bad file can hold a megabyte in one field; the message stays one readable line.
+MAX_SHOWN = 120
+
 
 class GriffinError(ValueError):
     """Bad input, said in one line: which file, which field, what was found, what was expected."""
@@ -13,4 +16,12 @@ class GriffinError(ValueError):
         """Build the usual message, for example
         ``heads/x/config.json: hidden_size is 512, expected 576 (the target's hidden size)``.
         """
-        return cls(f"{where}: {field} is {found!r}, expected {expected}")
+        shown = repr(found)
+        if len(shown) > MAX_SHOWN:
+            shown = shown[:MAX_SHOWN] + "..."
+        return cls(f"{where}: {field} is {shown}, expected {expected}")
+
+    @staticmethod
+    def reason(error: BaseException) -> str:
+        """First line of another library's error, for the end of a message."""
+        return (str(error).splitlines() or [type(error).__name__])[0]
