@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperGroup
@@ -56,3 +56,68 @@ def demo_model(
 
     written = write_demo_model(folder)
     typer.echo(f"{folder}: {'written' if written else 'is already there'}")
+
+
+data_app = typer.Typer(
+    no_args_is_help=True, help="Make training data: render conversations, let the target answer prompts."
+)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Files (ShareGPT JSON, or JSON lines with `messages` or `conversations`; gzip too), folders "
+            "written by save_to_disk, or Hub data sets org/name[:split].",
+        ),
+    ],
+    target: Annotated[str, typer.Option(help="Checkpoint folder or Hub id of the target.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole when all went well.")],
+    max_length: Annotated[int, typer.Option(help="Tokens a sample; what is longer is cut.")] = 2048,
+    validation: Annotated[
+        float, typer.Option(help="Share of conversations held out, chosen by a hash of their id.")
+    ] = 0.02,
+    loops: Annotated[
+        str, typer.Option(help="Answers that loop: `flag` keeps and marks them, `drop` leaves them out.")
+    ] = "flag",
+    loop_threshold: Annotated[
+        float,
+        typer.Option(help="An answer loops when fewer than this share of its token 4-grams are distinct."),
+    ] = 0.6,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="Conversations never to use (kept for evaluation), fragments of them included."),
+    ] = None,
+) -> None:
+    """Render conversations in the target's chat template into a token dataset for the trainer.
+
+    Answers of the target itself train best: see `griffin data regenerate`. Records that cannot be used are skipped,
+    counted in manifest.json and listed in skipped.jsonl.
+
+    Example: griffin data prepare --target Qwen/Qwen2.5-0.5B-Instruct --out data/qwen answers.jsonl
+    """
+    from griffin_vllm.training.data import Loops, prepare
+
+    if loops not in get_args(Loops):
+        raise GriffinError.at("griffin data prepare", "--loops", loops, f"one of {get_args(Loops)}")
+    manifest = prepare(
+        target,
+        sources,
+        out,
+        max_length=max_length,
+        validation_share=validation,
+        loops=cast(Loops, loops),
+        loop_threshold=loop_threshold,
+        exclude=exclude or (),
+    )
+    for split, counts in manifest.splits.items():
+        typer.echo(
+            f"{split}: {counts.samples} samples, {counts.tokens} tokens, {counts.answer_tokens} of them answers, "
+            f"{counts.looping_samples} samples loop"
+        )
+    for reason, count in manifest.skipped.items():
+        typer.echo(f"skipped {count}: {reason}")
+    typer.echo(f"written to {out}")

@@ -1,0 +1,321 @@
+"""Conversations from files and data sets: ShareGPT JSON, chat JSONL, prompt lists, Hugging Face data sets.
+
+Files are streamed, so a file may be larger than memory. A record that cannot be used never stops a run: it comes
+out as a `Skipped` with its reason.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from griffin_vllm.errors import GriffinError
+
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+}
+# ShareGPT cuts long conversations into fragments: QWJhYvA_0, QWJhYvA_3, ... are one conversation.
+_SHAREGPT_FRAGMENT = re.compile(r"([A-Za-z0-9]{7})_\d+")
+_NEXT_RECORD = re.compile(r'\{\s*"id"\s*:')
+_CHUNK = 1 << 20
+MAX_RECORD = 64 << 20
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: str  # "system", "user" or "assistant"
+    content: str
+    token_ids: tuple[int, ...] | None = None  # exactly what the target generated, where it is known
+    cut: bool = False  # the answer hit a length limit, so the target generated no end of turn
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """At most one system turn, then user and assistant turns by turns, beginning with the user.
+
+    Conversations of one `family` are fragments of one original and belong on the same side of a split.
+    """
+
+    id: str
+    family: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that was left out. ``record`` counts from 0 within ``source``."""
+
+    source: str
+    record: int
+    reason: str
+    id: str | None = None
+
+
+class RecordError(ValueError):
+    """Why one record cannot be used; the message is the reason under which it is counted."""
+
+
+def is_file_source(source: str) -> bool:
+    """Whether ``source`` names a file, rather than a saved data set's folder or a Hub id."""
+    return Path(source).is_file()
+
+
+def read_file(file: IO[bytes], source: str) -> Iterator[Conversation | Skipped]:
+    """Conversations of one open file, gzip-compressed or not: a JSON array, or one JSON object a line."""
+    for index, record in enumerate(_records(file)):
+        yield _convert(record, source, index)
+
+
+def read_dataset(source: str) -> Iterator[Conversation | Skipped]:
+    """Conversations of a Hugging Face data set: a folder written by ``save_to_disk``, or a Hub id.
+
+    A Hub id may name a split and is otherwise read from ``train``: ``org/name``, ``org/name:test``.
+
+    Raises:
+        GriffinError: the library ``datasets`` is missing, or there is no such data set.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise GriffinError(
+            f"{source}: is not a file; reading a Hugging Face data set needs the library: pip install datasets"
+        ) from error
+    folder = Path(source)
+    try:
+        if folder.is_dir():
+            data = datasets.load_from_disk(str(folder))
+            splits = list(data.values()) if isinstance(data, Mapping) else [data]
+        else:
+            name, _, split = source.partition(":")
+            splits = [datasets.load_dataset(name, split=split or "train", streaming=True)]
+    except Exception as error:  # the library and the Hub client have many kinds, and all mean the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise GriffinError(
+            f"{source}: is neither a file nor a data set that could be opened ({reason})"
+        ) from error
+    records = (record for split in splits for record in split)
+    for index, record in enumerate(records):
+        yield _convert(record, source, index)
+
+
+def conversation(record: object, fallback_id: str) -> Conversation:
+    """The conversation in one JSON record.
+
+    Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``, ``content``),
+    ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry ``token_ids`` and
+    ``finish_reason``. Assistant turns before the first user turn are dropped (fragments begin with them), and
+    a conversation ends before its first empty turn or the first that repeats a role.
+
+    Raises:
+        RecordError: nothing usable is left.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError("not a JSON object")
+    turns = [_turn(raw) for raw in _raw_turns(record)]
+    start = 1 if turns and turns[0].role == "system" else 0
+    system = tuple(turn for turn in turns[:start] if turn.content.strip())
+    while start < len(turns) and turns[start].role == "assistant":
+        start += 1
+    kept: list[Turn] = []
+    for turn in turns[start:]:
+        expected = "assistant" if kept and kept[-1].role == "user" else "user"
+        if turn.role != expected or not turn.content.strip():
+            break
+        kept.append(turn)
+    if not kept:
+        raise RecordError("no user turn to begin with")
+    record_id = record.get("id", record.get("question_id"))
+    name = fallback_id if record_id is None else str(record_id)
+    fragment = _SHAREGPT_FRAGMENT.fullmatch(name)
+    return Conversation(name, fragment[1] if fragment else name, (*system, *kept))
+
+
+def without_trailing_user_turn(found: Conversation) -> Conversation:
+    """``found`` up to its last answer.
+
+    Raises:
+        RecordError: it has no answer.
+    """
+    turns = found.turns[:-1] if found.turns[-1].role == "user" else found.turns
+    if not any(turn.role == "assistant" for turn in turns):
+        raise RecordError("no assistant turn")
+    return replace(found, turns=turns)
+
+
+def _convert(record: object, source: str, index: int) -> Conversation | Skipped:
+    if isinstance(record, RecordError):
+        return Skipped(source, index, str(record))
+    try:
+        return conversation(record, f"{Path(source).name}-{index}")
+    except RecordError as error:
+        record_id = record.get("id") if isinstance(record, Mapping) else None
+        return Skipped(source, index, str(error), record_id if isinstance(record_id, str) else None)
+
+
+def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
+    for key in ("conversations", "messages"):
+        if key in record:
+            turns = record[key]
+            if not isinstance(turns, list) or not turns:
+                raise RecordError("no turns")
+            return turns
+    if isinstance(record.get("turns"), list):
+        return [{"role": "user", "content": turn} for turn in record["turns"]]
+    if "prompt" in record:
+        return [{"role": "user", "content": record["prompt"]}]
+    raise RecordError("none of the fields conversations, messages, turns, prompt")
+
+
+def _turn(raw: object) -> Turn:
+    if not isinstance(raw, Mapping):
+        raise RecordError("a turn is not an object")
+    role = ROLES.get(raw.get("from", raw.get("role")))  # type: ignore[arg-type]
+    if role is None:
+        raise RecordError("a turn with an unknown role")
+    content = raw.get("value", raw.get("content"))
+    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise RecordError("a turn without text")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError("broken UTF-8") from error
+    token_ids = raw.get("token_ids") if role == "assistant" else None
+    if token_ids is not None:
+        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+            raise RecordError("token_ids is not a list of integers")
+        token_ids = tuple(token_ids) or None
+    return Turn(role, content, token_ids, cut=raw.get("finish_reason") == "length")
+
+
+def _records(file: IO[bytes]) -> Iterator[object]:
+    """JSON values of a file in order; a `RecordError` in the place of each that cannot be read."""
+    chunks = _chunks(file)
+    head = b""
+    for chunk in chunks:
+        if isinstance(chunk, RecordError):
+            yield chunk
+            return
+        head += chunk
+        if head.strip():
+            break
+    head = head.removeprefix(codecs.BOM_UTF8)
+    split = _array_records if head.lstrip().startswith(b"[") else _line_records
+
+    def all_chunks() -> Iterator[bytes | RecordError]:
+        yield head
+        yield from chunks
+
+    yield from split(all_chunks())
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes | RecordError]:
+    start = file.read(2)
+    file.seek(0)
+    stream = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
+    while True:
+        try:
+            chunk = stream.read(_CHUNK)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            yield RecordError("the compressed file is damaged or ends early from here on")
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+def _line_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
+    rest = b""
+    for chunk in chunks:
+        if isinstance(chunk, RecordError):
+            yield chunk
+            return
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield _line_record(line)
+    if rest.strip():
+        yield _line_record(rest)
+
+
+def _line_record(line: bytes) -> object:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return RecordError("broken UTF-8")
+    except (ValueError, RecursionError):
+        return RecordError("not JSON")
+
+
+def _array_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
+    """Elements of a JSON array that may be cut anywhere. Broken UTF-8 becomes lone surrogates, found later."""
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    parser = json.JSONDecoder()
+    text, position, ended = "", 0, False
+    damage: RecordError | None = None
+
+    def more() -> None:
+        nonlocal text, position, ended, damage
+        # Doubling what is read keeps the cost of retrying a long record linear in its length.
+        wanted = max(_CHUNK, len(text) - position)
+        parts, size = [text[position:]], 0
+        while size < wanted and not ended:
+            chunk = next(chunks, None)
+            if chunk is None or isinstance(chunk, RecordError):
+                ended, damage = True, chunk
+            else:
+                parts.append(decode(chunk))
+                size += len(parts[-1])
+        text, position = "".join(parts), 0
+
+    more()
+    position = text.index("[") + 1
+    while True:
+        while (position < len(text) and text[position] in " \t\r\n,") or (
+            position == len(text) and not ended
+        ):
+            if position < len(text):
+                position += 1
+            else:
+                more()
+        if position == len(text) or text[position] == "]":
+            break
+        try:
+            value, position = parser.raw_decode(text, position)
+            yield value
+        except (json.JSONDecodeError, RecursionError) as error:
+            unfinished = isinstance(error, json.JSONDecodeError) and (
+                error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
+            )
+            if unfinished and not ended and len(text) - position < MAX_RECORD:
+                more()
+                continue
+            if unfinished and ended:
+                yield damage or RecordError("the file ends inside this record")
+                return
+            yield RecordError("not JSON")
+            start = _NEXT_RECORD.search(text, position + 1)
+            while start is None and not ended:
+                position = max(position + 1, len(text) - 64)
+                more()
+                start = _NEXT_RECORD.search(text, position)
+            if start is None:
+                return
+            position = start.start()
+    if damage:
+        yield damage
