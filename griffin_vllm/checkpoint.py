@@ -146,7 +146,7 @@ def open_head(folder: Path) -> Head:
 
 
 def is_griffin_head(folder: Path) -> bool:
-    """Whether ``folder`` is a head of this kind, by its config or its tensor names; False for anything else."""
+    """Whether ``folder`` is a GRIFFIN head, by its config or its tensor names; False for anything else."""
     try:
         if read_json(folder / CONFIG_FILE).get("speculators_model_type") == METHOD:
             return True

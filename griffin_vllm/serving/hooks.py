@@ -1,0 +1,274 @@
+"""Every place where vLLM is touched, and nothing else.
+
+vLLM calls ``register`` in each of its processes (entry point ``vllm.general_plugins``). Two of the
+touch points are registries that vLLM offers; the others wrap a function or a constructor and hand on
+whatever is not GRIFFIN's. All of them are in ``TOUCH_POINTS``.
+
+Checked with vLLM 0.28.0 (source) and 0.32.0 (run).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from packaging.specifiers import SpecifierSet
+
+from griffin_vllm.config import ARCHITECTURE, METHOD
+from griffin_vllm.errors import GriffinError
+
+if TYPE_CHECKING:
+    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# Later versions are probed like these and served if everything still fits, with a warning.
+SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33", prereleases=True)
+
+
+class DoesNotFitError(Exception):
+    """A touch point that is not where, or not what, it is in the versions that we know."""
+
+
+@dataclass(frozen=True)
+class TouchPoint:
+    """One place in vLLM: where it is, why we need it, and how it is touched (safe to repeat)."""
+
+    module: str
+    attribute: str
+    why: str
+    touch: Callable[[ModuleType], None]
+    # Touched when vLLM imports the module by itself: the import is slow, and only workers need it.
+    on_import: bool = False
+
+
+def register() -> None:
+    """Hook GRIFFIN into vLLM. Never raises: a vLLM that does not use GRIFFIN must not notice."""
+    import vllm
+
+    if vllm.__version__ not in SUPPORTED_VLLM:
+        _log_once(
+            f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; trying all the same"
+        )
+    for point in TOUCH_POINTS:
+        if point.on_import and point.module not in sys.modules:
+            if not any(isinstance(finder, _OnImport) and finder.point is point for finder in sys.meta_path):
+                sys.meta_path.insert(0, _OnImport(point))
+        else:
+            _touch(point)
+
+
+def check_fits() -> None:
+    """Raise GriffinError if a touch point did not fit this vLLM."""
+    if _misfits:
+        import vllm
+
+        raise GriffinError(
+            f"griffin-vllm (for vLLM {SUPPORTED_VLLM}) does not fit vLLM {vllm.__version__}: "
+            + "; ".join(_misfits.values())
+        )
+
+
+_misfits: dict[str, str] = {}
+
+
+def _touch(point: TouchPoint) -> None:
+    place = f"{point.module}.{point.attribute}"
+    try:
+        point.touch(importlib.import_module(point.module))
+    except (ImportError, AttributeError, DoesNotFitError) as error:
+        _misfits[place] = f"{place} ({error})"
+        _log_once(f"griffin-vllm cannot be used: {_misfits[place]}")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    from vllm.logger import init_logger
+
+    init_logger(f"vllm.{__name__}").warning(message)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Touches a module right after its import by whoever imports it first."""
+
+    def __init__(self, point: TouchPoint) -> None:
+        self.point = point
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self.point.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_touch(module: ModuleType) -> None:
+                execute(module)
+                _touch(self.point)
+
+            spec.loader.exec_module = execute_and_touch  # type: ignore[method-assign]
+        return spec
+
+
+def _expect_parameters(function: Callable[..., Any], *names: str) -> None:
+    missing = set(names) - set(inspect.signature(function).parameters)
+    if missing:
+        raise DoesNotFitError(f"has no parameter {', '.join(sorted(missing))}")
+
+
+def _read_our_configs(algos: ModuleType) -> None:
+    @algos.register_speculator(METHOD)
+    def update_griffin(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+        pre_trained_config["architectures"] = [ARCHITECTURE]
+        pre_trained_config["draft_vocab_size"] = config_dict.get("draft_vocab_size")
+
+
+def _know_our_model(models: ModuleType) -> None:
+    if ARCHITECTURE not in models.ModelRegistry.get_supported_archs():
+        models.ModelRegistry.register_model(ARCHITECTURE, "griffin_vllm.serving.model:GriffinForCausalLM")
+
+
+def _accept_griffin(arg_utils: ModuleType) -> None:
+    engine_args = arg_utils.EngineArgs
+    original = engine_args.create_speculative_config
+    if hasattr(original, "griffin"):
+        return
+    _expect_parameters(original, "target_model_config", "target_parallel_config")
+    for field in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
+        if not hasattr(engine_args, field):
+            raise DoesNotFitError(f"EngineArgs has no field {field}")
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: EngineArgs, target_model_config: Any, target_parallel_config: Any
+    ) -> SpeculativeConfig | None:
+        from griffin_vllm.serving.speculative_config import resolve
+
+        resolved = resolve(
+            self.speculative_config,
+            self.spec_method,
+            self.spec_model,
+            self.spec_tokens,
+            target_model_config,
+            target_parallel_config,
+        )
+        if resolved is None:
+            return original(self, target_model_config, target_parallel_config)
+        check_fits()
+        args = copy.copy(self)
+        args.speculative_config = resolved
+        args.spec_method = args.spec_model = args.spec_tokens = None
+        return original(args, target_model_config, target_parallel_config)
+
+    create_speculative_config.griffin = True  # type: ignore[attr-defined]
+    engine_args.create_speculative_config = create_speculative_config
+
+
+def _offer_flags(arg_utils: ModuleType) -> None:
+    engine_args = arg_utils.EngineArgs
+    original = engine_args.add_cli_args
+    if hasattr(original, "griffin"):
+        return
+    _expect_parameters(original, "parser")
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            "GRIFFIN",
+            "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm)",
+        )
+        # The destinations of --spec-model and --spec-tokens: EngineArgs takes known fields only.
+        group.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            metavar="MODEL",
+            help="griffin:HEAD, where HEAD is a bundled name, a folder, or a Hub repository id "
+            "(org/name or org/name@revision); anything else is taken as --spec-model takes it.",
+        )
+        group.add_argument(
+            "--num-speculative-tokens",
+            dest="spec_tokens",
+            type=int,
+            metavar="K",
+            help="Tokens to draft in each step; without it, what the GRIFFIN head recommends.",
+        )
+        return parser
+
+    add_cli_args.griffin = True  # type: ignore[attr-defined]
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _draft_with_our_proposer(eagle: ModuleType) -> None:
+    proposer = eagle.EagleProposer
+    if "__new__" in vars(proposer):
+        return
+    _expect_parameters(proposer, "vllm_config", "device", "runner")
+
+    def new(cls: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        draft = vllm_config.speculative_config.draft_model_config
+        if cls is proposer and ARCHITECTURE in draft.architectures:
+            from griffin_vllm.serving.proposer import GriffinProposer
+
+            cls = GriffinProposer
+        return object.__new__(cls)
+
+    proposer.__new__ = staticmethod(new)
+
+
+def _mend_cpu_sampling(_: ModuleType) -> None:
+    from griffin_vllm.serving.cpu_sampling import mend
+
+    mend()
+
+
+TOUCH_POINTS = (
+    TouchPoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        "all ways of asking for a speculator meet here, before vLLM checks the method's name",
+        _accept_griffin,
+    ),
+    TouchPoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.add_cli_args",
+        "--speculative-model and --num-speculative-tokens",
+        _offer_flags,
+    ),
+    TouchPoint(
+        "vllm.transformers_utils.configs.speculators.algos",
+        "register_speculator",
+        "vLLM's registry of speculators-format configs: reads the served layout",
+        _read_our_configs,
+    ),
+    TouchPoint(
+        "vllm.model_executor.models",
+        "ModelRegistry.register_model",
+        "vLLM's registry of models: finds the draft head's class",
+        _know_our_model,
+    ),
+    TouchPoint(
+        "vllm.v1.spec_decode.eagle",
+        "EagleProposer.__new__",
+        "the V1 model runner builds its proposer by name; a GRIFFIN head gets a GriffinProposer",
+        _draft_with_our_proposer,
+        on_import=True,
+    ),
+    TouchPoint(
+        "vllm.utils",
+        "cpu_triton_utils._expand_kernel_impl",
+        "random rejection sampling on CPU, see cpu_sampling.py",
+        _mend_cpu_sampling,
+    ),
+)

@@ -1,0 +1,260 @@
+"""The GRIFFIN draft head in vLLM's layers.
+
+The maths is the paper's (arXiv 2502.11018, section 3): Token-Guided Fusion in front, one decoder
+layer with a dual head behind it. The shape of the classes follows vLLM's
+``model_executor/models/llama_eagle.py``, so every runner that serves EAGLE serves this model too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsEagle
+from vllm.model_executor.models.llama import LlamaAttention
+from vllm.model_executor.models.utils import get_draft_quant_config
+
+from griffin_vllm.checkpoint import EMBEDDINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.quantization import QuantizationConfig
+
+# Checkpoint tensor -> (vLLM's fused parameter, shard of it). The fusion's up_proj stands alone.
+_FUSED = {
+    "layers.0.self_attn.q_proj": ("layers.0.self_attn.qkv_proj", "q"),
+    "layers.0.self_attn.k_proj": ("layers.0.self_attn.qkv_proj", "k"),
+    "layers.0.self_attn.v_proj": ("layers.0.self_attn.qkv_proj", "v"),
+    "layers.0.mlp.gate_proj": ("layers.0.mlp.gate_up_proj", 0),
+    "layers.0.mlp.up_proj": ("layers.0.mlp.gate_up_proj", 1),
+}
+
+
+class FusionMLP(nn.Module):
+    """``W_down SiLU(W_up [RMSNorm(h); RMSNorm(e)])``, one norm weight for both halves."""
+
+    def __init__(
+        self, config: PreTrainedConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.up_proj = ColumnParallelLinear(
+            2 * config.hidden_size,
+            config.intermediate_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.up_proj",
+        )
+        self.act_fn = nn.SiLU()
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+
+    def forward(self, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        fused = torch.cat((self.input_layernorm(hidden_states), self.input_layernorm(embeds)), dim=-1)
+        fused, _ = self.up_proj(fused)
+        fused, _ = self.down_proj(self.act_fn(fused))
+        return fused
+
+
+class TokenGuidedFusion(nn.Module):
+    """Merges the token's embedding into the target's feature, twice: linearly, then gated by a norm."""
+
+    def __init__(
+        self, config: PreTrainedConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.fc = ReplicatedLinear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            bias=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.fc",
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FusionMLP(config, quant_config, f"{prefix}.mlp")
+
+    def forward(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        hidden_states, _ = self.fc(torch.cat((embeds, features), dim=-1))
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), embeds)
+
+
+class DualHeadMLP(nn.Module):
+    """A gated MLP whose output is twice as wide: one half to predict from, one to feed back."""
+
+    def __init__(
+        self, config: PreTrainedConfig, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            2 * config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, _ = self.gate_up_proj(hidden_states)
+        hidden_states, _ = self.down_proj(self.act_fn(hidden_states))
+        predict, regress = hidden_states.chunk(2, dim=-1)
+        return predict, regress
+
+
+class GriffinDecoderLayer(nn.Module):
+    """A Llama decoder layer without the norm before attention and with the dual head behind it."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        config: PreTrainedConfig,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(
+            config=config,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            # The head drafts at the target's positions, however short the text it was trained on.
+            max_position_embeddings=max(
+                config.max_position_embeddings, vllm_config.model_config.max_model_len
+            ),
+            quant_config=quant_config,
+            bias=config.qkv_bias,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.self_attn",
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = DualHeadMLP(config, quant_config, f"{prefix}.mlp")
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states + self.self_attn(positions=positions, hidden_states=hidden_states)
+        predict, regress = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + predict, hidden_states + regress
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
+class GriffinModel(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", start_layer_id: int = 0) -> None:
+        super().__init__()
+        config = vllm_config.speculative_config.draft_model_config.hf_config
+        quant_config = get_draft_quant_config(vllm_config)
+        # Only until vLLM puts the target's own module here, see GriffinForCausalLM.has_own_embed_tokens.
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.fc = TokenGuidedFusion(config, quant_config, f"{prefix}.fc")
+        # vLLM keys KV caches by layer name: the head's layer counts on from the target's last one.
+        self.layers = nn.ModuleList(
+            [GriffinDecoderLayer(vllm_config, config, quant_config, f"{prefix}.layers.{start_layer_id}")]
+        )
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states = self.fc(self.embed_tokens(input_ids), hidden_states)
+        return self.layers[0](positions, hidden_states)
+
+
+class GriffinForCausalLM(nn.Module, SupportsEagle):
+    """What vLLM's EAGLE proposers load and call.
+
+    Both flags below are how vLLM learns that it shall put the target's embeddings and ``lm_head``
+    into ``model.embed_tokens`` and ``lm_head`` after loading (V1: ``llm_base_proposer.py``, V2:
+    ``worker/gpu/spec_decode/eagle/utils.py``).
+    """
+
+    has_own_lm_head = False
+    has_own_embed_tokens = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.speculative_config.draft_model_config.hf_config
+        self.model = GriffinModel(
+            vllm_config=vllm_config,
+            prefix=f"{prefix}.model" if prefix else "model",
+            start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
+        )
+        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft step for N tokens of any requests.
+
+        Args:
+            input_ids: (N,) the token after each feature, x_(t+1).
+            positions: (N,) the feature's position t.
+            hidden_states: (N, d) the target's final normalised hidden states f_t, or the regress
+                output of the step before.
+            inputs_embeds: unused; GRIFFIN heads are for text.
+
+        Returns:
+            predict (N, d), from which ``compute_logits`` gives the distribution of x_(t+2), and
+            regress (N, d), the estimate of f_(t+1) that vLLM feeds back.
+        """
+        if inputs_embeds is not None:
+            raise NotImplementedError("a GRIFFIN head takes token ids, not multimodal embeddings")
+        return self.model(input_ids, positions, hidden_states)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The target's ``lm_head`` on predict (N, d), without a norm in between: (N, vocabulary)."""
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Greedy draft tokens (N,) without gathering the logits (``use_local_argmax_reduction``)."""
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a head's tensors (``checkpoint.tensor_shapes``); its copy of the embeddings is left out."""
+        parameters = dict(self.model.named_parameters())
+        loaded = {EMBEDDINGS}
+        for name, tensor in weights:
+            if name == EMBEDDINGS:
+                continue
+            module, _, kind = name.rpartition(".")
+            fused, shard = _FUSED.get(module, (module, None))
+            name = f"{fused}.{kind}"
+            parameter = parameters[name]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
+            loaded.add(name)
+        return {f"model.{name}" for name in loaded}

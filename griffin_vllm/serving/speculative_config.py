@@ -1,0 +1,252 @@
+"""From what an operator asks for to what vLLM runs: validation, and the one internal config.
+
+Inside vLLM a GRIFFIN head is served with method ``eagle``, because that is what scheduler, KV cache
+manager and model runners ask for when a draft head consumes the target's hidden states
+(``SpeculativeConfig.use_eagle``). What tells the head apart is its architecture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import envs
+from vllm.config import SpeculativeConfig
+from vllm.platforms import current_platform
+
+from griffin_vllm.checkpoint import (
+    CONFIG_FILE,
+    EMBEDDINGS,
+    PREFIX,
+    Head,
+    find_head,
+    is_griffin_head,
+    load_tensors,
+    open_head,
+)
+from griffin_vllm.config import METHOD, HeadConfig
+from griffin_vllm.convert import cached_served_layout
+from griffin_vllm.errors import GriffinError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+
+# Targets whose embeddings enter the first layer unscaled and whose logits are a plain `lm_head`
+# product: what a GRIFFIN head's e(x) and predict rely on.
+TARGET_FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
+
+# The rejection sampler's limit, MAX_SPEC_LEN in vllm/v1/sample/rejection_sampler.py; beyond it the
+# engine dies at the first request.
+MAX_SPECULATIVE_TOKENS = 128
+
+# Keys of vLLM's speculative config that mean something for a GRIFFIN head and are passed on as they are.
+_PASSED_ON = {
+    "attention_backend",
+    "disable_eagle_block_drop",
+    "disable_padded_drafter_batch",
+    "draft_load_config",
+    "draft_sample_method",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "max_model_len",
+    "num_speculative_tokens_per_batch_size",
+    "quantization",
+    "use_local_argmax_reduction",
+}
+# Keys that vLLM would take and then ignore or stumble over, with the reason. They may be given with
+# vLLM's own default value, which asks for nothing.
+_REFUSED = {
+    "code_revision": "a head brings no code",
+    "draft_model_config": "vLLM builds it itself",
+    "draft_parallel_config": "vLLM builds it itself",
+    "enable_adaptive_verification": "it belongs to the method 'dspark'",
+    "moe_backend": "a GRIFFIN head has no experts",
+    "parallel_drafting": "a GRIFFIN head drafts one token after the other",
+    "target_model_config": "vLLM builds it itself",
+    "target_parallel_config": "vLLM builds it itself",
+    "tensor_parallel_size": "the head runs on the target's ranks",
+    "use_heterogeneous_vocab": "a GRIFFIN head shares its target's vocabulary",
+}
+_OTHER_METHODS = ("dspark_", "index_share_", "prompt_lookup_", "suffix_")
+
+
+def resolve(
+    speculative_config: Mapping[str, Any] | None,
+    spec_method: str | None,
+    spec_model: str | None,
+    spec_tokens: int | None,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> dict[str, Any] | None:
+    """The keyword arguments for vLLM's ``SpeculativeConfig``, or None when GRIFFIN is not asked for.
+
+    The first four arguments are the fields of the same names of ``EngineArgs``; ``target`` and
+    ``parallel`` are the target's configs.
+
+    Raises:
+        GriffinError: GRIFFIN is asked for in a way that cannot work, or with a head that does not fit.
+    """
+    given = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
+    method = _only_one("method", given.pop("method", None), spec_method)
+    model = _only_one("model", given.pop("model", None), spec_model)
+    if method != METHOD and not (isinstance(model, str) and model.startswith(PREFIX)):
+        _refuse_head_under_other_name(method, model)
+        return None
+    if method not in (None, METHOD):
+        raise GriffinError(f"speculative_config: method is {method!r}, expected {METHOD!r} for {model!r}")
+    if not isinstance(model, str):
+        raise GriffinError.at("speculative_config", "model", model, f"a head: name, folder or {PREFIX}HEAD")
+
+    _check_keys(given, parallel)
+    head = open_head(find_head(_with_revision(model.removeprefix(PREFIX), given)))
+    _check_fit(head, target, parallel)
+    _check_finite(head)
+    k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
+    folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
+    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
+    return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
+
+
+def check_target(config: HeadConfig, where: Path, hidden_size: int, vocab_size: int) -> None:
+    """Raise GriffinError unless a head with ``config`` fits a target of these sizes."""
+    if config.hidden_size != hidden_size:
+        raise GriffinError.at(
+            where, "hidden_size", config.hidden_size, f"{hidden_size} (the target's hidden size)"
+        )
+    if config.vocab_size != vocab_size:
+        raise GriffinError.at(
+            where, "vocab_size", config.vocab_size, f"{vocab_size} (the target's vocabulary)"
+        )
+
+
+def _only_one(key: str, in_config: Any, flag: Any) -> Any:
+    if in_config is not None and flag is not None:
+        names = {"model": "--speculative-model (or --spec-model)", "method": "--spec-method"}
+        raise GriffinError(
+            f"{names[key]} is {flag!r} and the speculative config's {key} is {in_config!r}: give one of them"
+        )
+    return flag if in_config is None else in_config
+
+
+def _refuse_head_under_other_name(method: str | None, model: Any) -> None:
+    """Any other method would run a GRIFFIN head unchecked, or fail on it somewhere inside vLLM."""
+    if isinstance(model, str) and is_griffin_head(Path(model)):
+        asked = f"method {method!r}" if method else "no method"
+        raise GriffinError(
+            f"{model}: is a GRIFFIN head, given with {asked}; use {PREFIX}{model} or method {METHOD!r}"
+        )
+
+
+def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
+    defaults = {field.name: _default(field) for field in dataclasses.fields(SpeculativeConfig)}
+    for key, value in given.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise GriffinError(f"speculative_config: {key} is not a key of this vLLM{hint}")
+        if key in _PASSED_ON or key in ("num_speculative_tokens", "revision") or value == defaults[key]:
+            continue
+        if key == "draft_tensor_parallel_size":
+            if value != parallel.tensor_parallel_size:
+                raise GriffinError.at(
+                    "speculative_config",
+                    key,
+                    value,
+                    f"{parallel.tensor_parallel_size} (the target's) or none",
+                )
+            continue
+        if key == "rejection_sample_method" or key.startswith("synthetic_"):
+            _check_rejection_method(given)
+            continue
+        reason = _REFUSED.get(key)
+        if reason is None and key.startswith(_OTHER_METHODS):
+            reason = "it belongs to another method"
+        raise GriffinError(
+            f"speculative_config: {key} does not go with method {METHOD!r}: "
+            f"{reason or 'griffin-vllm does not know this key'}"
+        )
+
+
+def _check_rejection_method(given: Mapping[str, Any]) -> None:
+    if current_platform.is_cpu() or envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        raise GriffinError.at(
+            "speculative_config",
+            "rejection_sample_method",
+            given.get("rejection_sample_method"),
+            "'standard' (others need vLLM's V2 model runner on a GPU)",
+        )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    # pydantic's dataclasses wrap a default that has constraints in a FieldInfo
+    return getattr(field.default, "default", field.default)
+
+
+def _with_revision(name: str, given: dict[str, Any]) -> str:
+    revision = given.pop("revision", None)
+    if revision is None:
+        return name
+    if "@" in name or Path(name).exists():
+        raise GriffinError.at("speculative_config", "revision", revision, f"none (the head is {name!r})")
+    return f"{name}@{revision}"
+
+
+def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> None:
+    config, where = head.config, head.folder / CONFIG_FILE
+    family = target.hf_text_config.model_type
+    if target.is_multimodal_model or family not in TARGET_FAMILIES:
+        raise GriffinError.at(
+            target.model,
+            "model_type",
+            target.hf_config.model_type,
+            f"a text model of a family that GRIFFIN heads can be served with: {', '.join(TARGET_FAMILIES)}",
+        )
+    if target.runner_type != "generate":
+        raise GriffinError.at(target.model, "runner", target.runner_type, "'generate'")
+    check_target(config, where, target.get_hidden_size(), target.get_vocab_size())
+    if config.draft_vocab_size < config.vocab_size:
+        raise GriffinError.at(
+            where, "draft_vocab_size", config.draft_vocab_size, f"{config.vocab_size} (all of the vocabulary)"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise GriffinError.at(
+            "vLLM", "pipeline_parallel_size", parallel.pipeline_parallel_size, "1 with a GRIFFIN head"
+        )
+    ranks = parallel.tensor_parallel_size
+    kv_heads = config.num_key_value_heads
+    divides: tuple[tuple[str, int, bool], ...] = (
+        ("num_attention_heads", config.num_attention_heads, config.num_attention_heads % ranks == 0),
+        # fewer KV heads than ranks are replicated
+        ("num_key_value_heads", kv_heads, kv_heads % ranks == 0 or ranks % kv_heads == 0),
+        ("intermediate_size", config.intermediate_size, config.intermediate_size % ranks == 0),
+    )
+    for name, size, fits in divides:
+        if not fits:
+            raise GriffinError.at(where, name, size, f"a number that tensor_parallel_size={ranks} divides")
+
+
+def _check_finite(head: Head) -> None:
+    for name, tensor in load_tensors(head.weights).items():
+        if name != EMBEDDINGS and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise GriffinError.at(head.weights, f"tensor {name}", "NaN or infinite", "finite numbers")
+
+
+def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConfig) -> int:
+    recommended = head.config.num_speculative_tokens
+    # `vllm serve HEAD` puts the head's own recommendation into the config; a flag overrides that.
+    if in_config is not None and flag is not None and in_config != recommended:
+        raise GriffinError(
+            f"--num-speculative-tokens (or --spec-tokens) is {flag!r} and the speculative config's "
+            f"num_speculative_tokens is {in_config!r}: give one of them"
+        )
+    k: Any = next((value for value in (flag, in_config) if value is not None), recommended)
+    limit = min(MAX_SPECULATIVE_TOKENS, target.max_model_len - 1)
+    if type(k) is not int or not 0 < k <= limit:
+        raise GriffinError.at(
+            "speculative_config", "num_speculative_tokens", k, f"a whole number from 1 to {limit}"
+        )
+    return k
