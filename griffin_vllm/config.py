@@ -41,8 +41,10 @@ class HeadConfig(BaseModel):
     rms_norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10000.0
     qkv_bias: bool = False
-    target: str | None = Field(None, description="folder or Hub id of the target that it was trained for")
-    num_speculative_tokens: PositiveInt = Field(5, description="recommended K")
+    target: str | None = Field(
+        default=None, description="folder or Hub id of the target that it was trained for"
+    )
+    num_speculative_tokens: PositiveInt = Field(default=5, description="recommended K")
     trained_context_length: PositiveInt | None = None
 
     @classmethod
