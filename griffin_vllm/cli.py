@@ -94,8 +94,8 @@ def data_prepare(
 ) -> None:
     """Render conversations in the target's chat template into a token dataset for the trainer.
 
-    Answers of the target itself train best: see `griffin data regenerate`. Records that cannot be used are skipped,
-    counted in manifest.json and listed in skipped.jsonl.
+    Answers of the target itself train best: see `griffin data regenerate`. Records that cannot be used are
+    skipped, counted in manifest.json and listed in skipped.jsonl.
 
     Example: griffin data prepare --target Qwen/Qwen2.5-0.5B-Instruct --out data/qwen answers.jsonl
     """
@@ -115,9 +115,69 @@ def data_prepare(
     )
     for split, counts in manifest.splits.items():
         typer.echo(
-            f"{split}: {counts.samples} samples, {counts.tokens} tokens, {counts.answer_tokens} of them answers, "
-            f"{counts.looping_samples} samples loop"
+            f"{split}: {counts.samples} samples ({counts.looping_samples} loop), {counts.tokens} tokens, "
+            f"{counts.answer_tokens} of them in answers"
         )
     for reason, count in manifest.skipped.items():
         typer.echo(f"skipped {count}: {reason}")
     typer.echo(f"written to {out}")
+
+
+@data_app.command("regenerate")
+def data_regenerate(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROMPTS...",
+            help="Conversations in any form that `prepare` reads (their user turns are asked), or JSON lines "
+            "with `turns` or `prompt`.",
+        ),
+    ],
+    base_url: Annotated[
+        list[str],
+        typer.Option(help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; repeatable."),
+    ],
+    model: Annotated[str, typer.Option(help="The target's name at the endpoint.")],
+    out: Annotated[Path, typer.Option(help="JSON lines file to append to; the same command resumes.")],
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="Repeat for a mix; a conversation's id decides which it gets.", show_default="0.8"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens an answer.")] = 384,
+    max_turns: Annotated[int, typer.Option(help="Answers a conversation.")] = 2,
+    concurrency: Annotated[int, typer.Option(help="Conversations in flight, over all endpoints.")] = 64,
+    attempts: Annotated[int, typer.Option(help="Tries of a request, with growing pauses.")] = 6,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many conversations only.")] = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="Conversations never to ask (kept for evaluation), fragments of them included."),
+    ] = None,
+) -> None:
+    """Let the target answer prompts itself, turn by turn, through any OpenAI-compatible endpoint.
+
+    Token ids are kept where the endpoint gives them (vLLM does), so that training sees exactly what the
+    target generated. An interrupted run goes on where it stopped. A key comes from OPENAI_API_KEY.
+
+    Example: griffin data regenerate --base-url http://localhost:8000/v1 --model my-target --temperature 0
+    --temperature 0.8 --out answers.jsonl prompts.jsonl
+    """
+    from griffin_vllm.training.regenerate import Settings, regenerate
+
+    settings = Settings(
+        model,
+        temperatures=tuple(temperature or (0.8,)),
+        max_tokens=max_tokens,
+        max_turns=max_turns,
+        concurrency=concurrency,
+        attempts=attempts,
+    )
+    summary = regenerate(base_url, prompts, out, settings, limit=limit, exclude=exclude or ())
+    typer.echo(
+        f"{out}: {summary.written} conversations written ({summary.answer_tokens} answer tokens), "
+        f"{summary.done_before} were done before"
+    )
+    for reason, count in summary.skipped.items():
+        typer.echo(f"skipped {count}: {reason}")
+    if summary.failed:
+        typer.echo(f"{summary.failed} failed for now; the same command tries them again", err=True)
+        raise typer.Exit(1)

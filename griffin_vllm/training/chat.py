@@ -1,8 +1,8 @@
 """A conversation as the target sees it: token ids in its own chat template, and which of them it generated.
 
-What the target generates in a turn is what its template puts after the generation prompt, up to and including the
-end-of-turn token. Both borders come from the template itself: from its ``{% generation %}`` blocks where it has
-them, otherwise from rendering the conversation up to each answer with and without that answer.
+What the target generates in a turn is what its template puts after the generation prompt, up to and
+including the end-of-turn token. Both borders come from the template itself: from its ``{% generation %}``
+blocks where it has them, otherwise from rendering the conversation up to each answer without and with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.conversations import RecordError, Conversation, Turn
+from griffin_vllm.training.conversations import Conversation, RecordError, Turn
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -42,7 +42,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Span:
-    """Characters ``start:end`` of a rendered conversation hold one answer; its end of turn begins at ``stop``."""
+    """Characters ``start:end`` of a rendered conversation are an answer; ``stop:end`` is its end of turn."""
 
     start: int
     stop: int
@@ -51,13 +51,13 @@ class _Span:
 
 
 def distinct_share(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of distinct n-grams among all n-grams of ``tokens``; 1.0 where there is none. Loops make it small."""
+    """Share of distinct n-grams among all n-grams of ``tokens``: small in loops, 1.0 where there is none."""
     count = len(tokens) - n + 1
     return len({tuple(tokens[i : i + n]) for i in range(count)}) / count if count > 0 else 1.0
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the token -> id map: equal wherever token ids mean the same, whatever file they came from."""
+    """SHA-256 of the token -> id map: equal wherever ids mean the same, whatever file they came from."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
@@ -107,10 +107,12 @@ class ChatTarget:
         return cls(tokenizer, ids, vocab_size)
 
     def samples(self, conversations: Sequence[Conversation]) -> list[list[Sample] | RecordError]:
-        """Samples of each conversation: one, or one an answer where the template renders an answer differently
-        once the conversation goes on (thinking is stripped from the history, for instance), because then no one
-        sequence is what the target saw at every turn. A `RecordError` in the place of a conversation that the
-        template cannot show token by token."""
+        """The samples of each conversation, or a `RecordError` where the template cannot show its tokens.
+
+        Usually one sample; one an answer where the template renders an answer differently once the
+        conversation goes on (it strips thinking from the history, for instance), because then no single
+        sequence is what the target saw at every turn.
+        """
         plans: list[list[list[_Piece]] | RecordError] = []
         texts: list[str] = []
         for conversation in conversations:
@@ -167,7 +169,7 @@ class ChatTarget:
         ]
 
     def _derived_span(self, text: str, turns: Sequence[Turn]) -> _Span | None:
-        """Where ``text`` holds the last answer of ``turns``; None where it begins otherwise than ``turns`` do."""
+        """Where ``text`` holds the last answer of ``turns``; None where it does not begin as ``turns`` do."""
         prompt = self._render(turns[:-1], add_generation_prompt=True)
         upto = self._render(turns).rstrip()
         if not (upto.startswith(prompt) and text.startswith(upto)):

@@ -1,7 +1,7 @@
 """Conversations from files and data sets: ShareGPT JSON, chat JSONL, prompt lists, Hugging Face data sets.
 
-Files are streamed, so a file may be larger than memory. A record that cannot be used never stops a run: it comes
-out as a `Skipped` with its reason.
+Files are streamed, so a file may be larger than memory. A record that cannot be used never stops a run: it
+comes out as a `Skipped` with its reason.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -65,22 +65,50 @@ class Skipped:
     id: str | None = None
 
 
+Record = Conversation | Skipped
+
+
 class RecordError(ValueError):
     """Why one record cannot be used; the message is the reason under which it is counted."""
 
 
-def is_file_source(source: str) -> bool:
-    """Whether ``source`` names a file, rather than a saved data set's folder or a Hub id."""
-    return Path(source).is_file()
+def check_source(source: str) -> None:
+    """Whether ``source`` can be a file, a saved data set's folder or a Hub id.
+
+    Raises:
+        GriffinError: it names a file or folder that is not there.
+    """
+    path = Path(source)
+    named_like_a_file = path.suffix in (".json", ".jsonl", ".gz") or source.startswith((".", "/", "~"))
+    if named_like_a_file and not path.exists():
+        raise GriffinError(f"{source}: there is no such file or folder")
 
 
-def read_file(file: IO[bytes], source: str) -> Iterator[Conversation | Skipped]:
+def read_source(source: str, open_file: Callable[[Path], IO[bytes]] | None = None) -> Iterator[Record]:
+    """Conversations of a file (see `read_file`) or a Hugging Face data set (see `read_dataset`).
+
+    Raises:
+        GriffinError: it cannot be opened or read.
+    """
+    check_source(source)
+    path = Path(source)
+    if not path.is_file():
+        yield from read_dataset(source)
+        return
+    try:
+        with open_file(path) if open_file else path.open("rb") as file:
+            yield from read_file(file, path.name)
+    except OSError as error:
+        raise GriffinError(f"{source}: cannot be read ({error.strerror or error})") from error
+
+
+def read_file(file: IO[bytes], source: str) -> Iterator[Record]:
     """Conversations of one open file, gzip-compressed or not: a JSON array, or one JSON object a line."""
     for index, record in enumerate(_records(file)):
         yield _convert(record, source, index)
 
 
-def read_dataset(source: str) -> Iterator[Conversation | Skipped]:
+def read_dataset(source: str) -> Iterator[Record]:
     """Conversations of a Hugging Face data set: a folder written by ``save_to_disk``, or a Hub id.
 
     A Hub id may name a split and is otherwise read from ``train``: ``org/name``, ``org/name:test``.
@@ -92,7 +120,7 @@ def read_dataset(source: str) -> Iterator[Conversation | Skipped]:
         import datasets
     except ImportError as error:
         raise GriffinError(
-            f"{source}: is not a file; reading a Hugging Face data set needs the library: pip install datasets"
+            f"{source}: is not a file; to read a Hugging Face data set, pip install datasets"
         ) from error
     folder = Path(source)
     try:
@@ -115,10 +143,10 @@ def read_dataset(source: str) -> Iterator[Conversation | Skipped]:
 def conversation(record: object, fallback_id: str) -> Conversation:
     """The conversation in one JSON record.
 
-    Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``, ``content``),
-    ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry ``token_ids`` and
-    ``finish_reason``. Assistant turns before the first user turn are dropped (fragments begin with them), and
-    a conversation ends before its first empty turn or the first that repeats a role.
+    Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``,
+    ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
+    ``token_ids`` and ``finish_reason``. Assistant turns before the first user turn are dropped (fragments
+    begin with them); a conversation ends before its first empty turn, or the first that repeats a role.
 
     Raises:
         RecordError: nothing usable is left.
@@ -156,7 +184,13 @@ def without_trailing_user_turn(found: Conversation) -> Conversation:
     return replace(found, turns=turns)
 
 
-def _convert(record: object, source: str, index: int) -> Conversation | Skipped:
+def families(paths: Sequence[Path]) -> set[str]:
+    """Families of the conversations in files."""
+    records = (record for path in paths for record in read_source(str(path)))
+    return {record.family for record in records if isinstance(record, Conversation)}
+
+
+def _convert(record: object, source: str, index: int) -> Record:
     if isinstance(record, RecordError):
         return Skipped(source, index, str(record))
     try:
@@ -183,7 +217,7 @@ def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
 def _turn(raw: object) -> Turn:
     if not isinstance(raw, Mapping):
         raise RecordError("a turn is not an object")
-    role = ROLES.get(raw.get("from", raw.get("role")))  # type: ignore[arg-type]
+    role = ROLES.get(str(raw.get("from", raw.get("role"))))
     if role is None:
         raise RecordError("a turn with an unknown role")
     content = raw.get("value", raw.get("content"))
@@ -263,7 +297,7 @@ def _line_record(line: bytes) -> object:
 
 
 def _array_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
-    """Elements of a JSON array that may be cut anywhere. Broken UTF-8 becomes lone surrogates, found later."""
+    """Elements of a JSON array that may be cut anywhere; broken UTF-8 becomes lone surrogates."""
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     parser = json.JSONDecoder()
     text, position, ended = "", 0, False

@@ -2,7 +2,7 @@
 
 A folder with ``manifest.json`` and, for each split (``train``, ``validation``):
 
-- ``SPLIT.tokens.npy``  token ids of all samples one after another, uint16 (uint32 for vocabularies above 65536)
+- ``SPLIT.tokens.npy``  token ids, sample after sample, uint16 (uint32 for vocabularies above 65536)
 - ``SPLIT.mask.npy``    uint8, as long: 1 where the target generated the token (end-of-turn tokens included)
 - ``SPLIT.offsets.npy`` int64 [n + 1]: sample i is ``offsets[i]:offsets[i + 1]``
 - ``SPLIT.loops.npy``   bool [n]: an answer of the sample loops
@@ -34,12 +34,13 @@ from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import ChatTarget, Sample, template_hash, tokenizer_hash
 from griffin_vllm.training.conversations import (
-    RecordError,
     Conversation,
+    Record,
+    RecordError,
     Skipped,
-    is_file_source,
-    read_dataset,
-    read_file,
+    check_source,
+    families,
+    read_source,
     without_trailing_user_turn,
 )
 
@@ -53,7 +54,7 @@ Loops = Literal["flag", "drop"]
 
 
 class Source(BaseModel):
-    """One input: its name, the SHA-256 of a file's bytes (None for a data set), and how many records it held."""
+    """One input: its name, the SHA-256 of a file's bytes (None for a data set), its records."""
 
     name: str
     sha256: str | None
@@ -163,13 +164,13 @@ def length_buckets(
 ) -> list[list[int]]:
     """Batches of sample indices, similar in length, in random order; every sample is in exactly one.
 
-    A batch padded to its longest sample has at most ``max_tokens_per_batch`` tokens; a longer sample is a batch of
-    its own. The same arguments give the same batches; another epoch gives others.
+    A batch padded to its longest sample has at most ``max_tokens_per_batch`` tokens; a longer sample is a
+    batch of its own. The same arguments give the same batches; another epoch gives others.
     """
     lengths = np.asarray(lengths)
     random = np.random.default_rng((seed, epoch))
     # A random order among samples of about one length, so that batches differ from epoch to epoch.
-    order = np.argsort(lengths * random.uniform(0.9, 1.1, len(lengths)), kind="stable")
+    order = np.argsort(lengths * random.uniform(0.95, 1.05, len(lengths)), kind="stable")
     batches: list[list[int]] = []
     longest = 0
     for index in order.tolist():
@@ -199,17 +200,17 @@ def prepare(
     ``exclude``: files of conversations that must not be used, with all of their families.
 
     Raises:
-        GriffinError: the target or a source cannot be read, or nothing usable is left; ``out`` is then untouched.
+        GriffinError: the target or a source cannot be read, or nothing usable is left; ``out`` is then
+            untouched.
     """
     if max_length < 2:
         raise GriffinError.at("griffin data prepare", "--max-length", max_length, "at least 2")
     if not 0 <= validation_share < 1:
         raise GriffinError.at("griffin data prepare", "--validation", validation_share, "from 0 to below 1")
-    for source in sources:
-        if not is_file_source(source) and source.startswith((".", "/", "~")) and not Path(source).is_dir():
-            raise GriffinError(f"{source}: there is no such file or folder")
+    for source in (*sources, *map(str, exclude)):
+        check_source(source)
     chat = ChatTarget.load(target)
-    excluded = {found.family for path in exclude for found in _read_all(path)}
+    excluded = families(exclude)
     with (
         Progress(console=console or Console(stderr=True), transient=True) as progress,
         atomic_folder(out) as staging,
@@ -243,7 +244,7 @@ def prepare(
 
 
 def split_of(family: str, validation_share: float) -> str:
-    """The split of a conversation family: by its hash, so that it never depends on what else is in the data."""
+    """The split of a conversation family, by its hash: it never depends on what else is in the data."""
     value = int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big") / 2**64
     return "validation" if value < validation_share else "train"
 
@@ -276,11 +277,9 @@ class _Writer:
             for file in files.values():
                 file.close()
 
-    def reading(
-        self, source: str, records: Iterable[Conversation | Skipped]
-    ) -> Iterator[tuple[int, Conversation]]:
+    def reading(self, source: str, records: Iterable[Record]) -> Iterator[tuple[int, Conversation]]:
         """The usable ones of ``records`` with their numbers; the others are skipped."""
-        digest = _sha256(Path(source)) if is_file_source(source) else None
+        digest = _sha256(Path(source)) if Path(source).is_file() else None
         self.sources.append(
             Source(name=Path(source).name if digest else source, sha256=digest, records=0, skipped=0)
         )
@@ -412,26 +411,14 @@ def _load(folder: Path, split: str, name: str, dtype: np.dtype, length: int) -> 
     return array
 
 
-def _open(source: str, progress: Progress) -> Iterator[Conversation | Skipped]:
-    if not is_file_source(source):
-        task = progress.add_task(source, total=None)
-        for record in read_dataset(source):
-            progress.advance(task)
-            yield record
+def _open(source: str, progress: Progress) -> Iterator[Record]:
+    if Path(source).is_file():
+        yield from read_source(source, lambda path: progress.open(path, "rb", description=path.name))
         return
-    try:
-        with progress.open(source, "rb", description=Path(source).name) as file:
-            yield from read_file(file, Path(source).name)
-    except OSError as error:
-        raise GriffinError(f"{source}: cannot be read ({error.strerror or error})") from error
-
-
-def _read_all(path: Path) -> Iterator[Conversation]:
-    try:
-        with path.open("rb") as file:
-            yield from (found for found in read_file(file, path.name) if isinstance(found, Conversation))
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
+    task = progress.add_task(source, total=None)
+    for record in read_source(source):
+        progress.advance(task)
+        yield record
 
 
 def _sha256(path: Path) -> str:
@@ -451,8 +438,8 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 def _nothing_left(sources: Sequence[str], writer: _Writer, splits: dict[str, SplitCounts]) -> str:
     if splits["validation"].samples:
         return (
-            f"{', '.join(sources)}: all {splits['validation'].samples} samples fell into the validation split; "
-            "give more conversations or a smaller --validation"
+            f"{', '.join(sources)}: all {splits['validation'].samples} samples fell into the validation "
+            "split; give more conversations or a smaller --validation"
         )
     reasons = "; ".join(f"{reason}: {count}" for reason, count in writer.reasons.most_common(3))
     return f"{', '.join(sources)}: no usable conversation ({reasons or 'no records'})"

@@ -1,0 +1,343 @@
+"""Prompts answered by the target itself, turn by turn, through OpenAI-compatible endpoints.
+
+A draft head imitates its target, so the target's own answers train it better than anybody else's. The output is
+JSON lines in ShareGPT form, one finished conversation a line, appended as they come: an interrupted run is resumed
+by the same command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import openai
+from openai.types.chat import ChatCompletion
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.chat import distinct_share
+from griffin_vllm.training.conversations import (
+    Conversation,
+    check_source,
+    families,
+    read_source,
+)
+
+_RETRIED = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+_LONGEST_PAUSE = 30.0
+# So many conversations given up in a row mean that the endpoints are gone, not that a prompt is odd.
+_FAILURES_TO_STOP = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the target answers. ``temperatures``: each conversation gets one of them, chosen by a hash of its id."""
+
+    model: str
+    temperatures: Sequence[float] = (0.8,)
+    max_tokens: int = 384
+    max_turns: int = 2
+    concurrency: int = 64
+    attempts: int = 6
+    first_pause: float = 1.0  # seconds before the second attempt; doubles from there
+    timeout: float = 600.0  # seconds an answer may take
+
+
+@dataclass
+class Summary:
+    written: int = 0
+    done_before: int = 0
+    answer_tokens: int = 0
+    failed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Endpoint:
+    client: openai.AsyncOpenAI
+    gives_token_ids: bool = True
+    in_flight: int = 0
+    rests_until: float = 0.0
+
+
+def regenerate(
+    base_urls: Sequence[str],
+    sources: Sequence[str],
+    out: Path,
+    settings: Settings,
+    *,
+    limit: int | None = None,
+    exclude: Sequence[Path] = (),
+    console: Console | None = None,
+) -> Summary:
+    """Answer the user turns of ``sources`` and append the conversations to ``out``.
+
+    Conversations that ``out`` holds already are not asked again. Those that an endpoint refuses (too long, for
+    instance) are listed in ``out`` with the suffix ``.skipped.jsonl`` and not asked again either.
+    ``limit``: how many conversations to have in the end. ``exclude``: files of conversations (with their families)
+    that must not be used.
+
+    Raises:
+        GriffinError: bad settings, no prompt, ``out`` is in use or damaged, or no endpoint answers. What was
+            answered by then is kept.
+    """
+    _check(settings)
+    for source in (*sources, *map(str, exclude)):
+        check_source(source)
+    excluded = families(exclude)
+    prompts: dict[str, Conversation] = {}
+    for source in sources:
+        for found in read_source(source):
+            if isinstance(found, Conversation) and found.family not in excluded:
+                prompts.setdefault(found.id, found)
+    if not prompts:
+        raise GriffinError(f"{', '.join(sources)}: no usable prompt")
+    chosen = list(prompts.values())[:limit]
+    refused = out.with_suffix(".skipped.jsonl")
+    with _appending(out) as (file, done), _appending(refused) as (refused_file, refused_before):
+        waiting = [prompt for prompt in chosen if prompt.id not in done | refused_before]
+        summary = Summary(done_before=len(chosen) - len(waiting))
+        if waiting:
+            run = _Run(settings, summary, file, refused_file)
+            asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
+    return summary
+
+
+class _Run:
+    def __init__(self, settings: Settings, summary: Summary, file: IO[bytes], refused: IO[bytes]):
+        self.settings, self.summary, self.file, self.refused = settings, summary, file, refused
+        self.endpoints: list[_Endpoint] = []
+        self.failures_in_a_row = 0
+
+    async def all(self, base_urls: Sequence[str], prompts: Sequence[Conversation], console: Console) -> None:
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.endpoints = [
+            _Endpoint(
+                openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=self.settings.timeout)
+            )
+            for url in base_urls
+        ]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        try:
+            await asyncio.gather(*(self._try_out(endpoint) for endpoint in self.endpoints))
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task("conversations", total=len(prompts), rate="")
+                began = time.monotonic()
+                queue = iter(prompts)
+
+                async def work() -> None:
+                    for prompt in queue:
+                        await self._one(prompt)
+                        rate = self.summary.answer_tokens / (time.monotonic() - began)
+                        progress.update(task, advance=1, rate=f"{rate:.0f} tokens/s")
+
+                workers = [asyncio.create_task(work()) for _ in range(self.settings.concurrency)]
+                try:
+                    await asyncio.gather(*workers)
+                finally:
+                    for worker in workers:
+                        worker.cancel()
+        finally:
+            for endpoint in self.endpoints:
+                await endpoint.client.close()
+
+    async def _try_out(self, endpoint: _Endpoint) -> None:
+        """Learn from one token whether ``endpoint`` answers, knows the model, and hands out token ids."""
+        url = endpoint.client.base_url
+        messages = [{"role": "user", "content": "Hi"}]
+        try:
+            try:
+                choice = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                # Strict servers refuse fields that they do not know.
+                endpoint.gives_token_ids = False
+                choice = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
+        except openai.NotFoundError as error:
+            offered = await self._models(endpoint)
+            raise GriffinError.at(str(url), "--model", self.settings.model, offered) from error
+        except openai.APIError as error:
+            reason = error.__cause__ or error
+            raise GriffinError(f"{url}: does not answer chat completions ({reason})") from error
+        endpoint.gives_token_ids = endpoint.gives_token_ids and _token_ids(choice) is not None
+
+    async def _models(self, endpoint: _Endpoint) -> str:
+        try:
+            names = [model.id async for model in endpoint.client.models.list()]
+        except openai.APIError:
+            return "a model that is served there"
+        return f"one of {names}"
+
+    async def _one(self, prompt: Conversation) -> None:
+        """Answer one conversation and append it; or list why it was not answered."""
+        temperature = self._temperature(prompt)
+        turns = [{"from": "system", "value": t.content} for t in prompt.turns if t.role == "system"]
+        messages = [{"role": "system", "content": t["value"]} for t in turns]
+        questions = [turn.content for turn in prompt.turns if turn.role == "user"]
+        answered: list[dict[str, Any]] = list(turns)
+        reason = ""
+        for question in questions[: self.settings.max_turns]:
+            messages.append({"role": "user", "content": question})
+            try:
+                choice = await self._answer(messages, temperature)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                reason = f"refused by the endpoint: {error.message}"
+                break
+            except openai.APIError as error:
+                self._failed(error)
+                return
+            content = choice.message.content
+            if not content or not content.strip():
+                reason = "empty answer"
+                break
+            messages.append({"role": "assistant", "content": content})
+            answer = {"from": "gpt", "value": content, "finish_reason": choice.finish_reason}
+            token_ids = _token_ids(choice)
+            if token_ids:
+                answer |= {"token_ids": token_ids, "distinct_4grams": round(distinct_share(token_ids), 3)}
+            answered += [{"from": "human", "value": question}, answer]
+        self.failures_in_a_row = 0
+        if len(answered) == len(turns):
+            self.summary.skipped[reason.split(":")[0]] += 1
+            _append(self.refused, {"id": prompt.id, "reason": reason})
+            return
+        _append(self.file, {"id": prompt.id, "conversations": answered, "temperature": temperature})
+        self.summary.written += 1
+
+    def _failed(self, error: Exception) -> None:
+        self.summary.failed += 1
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= _FAILURES_TO_STOP:
+            raise GriffinError(
+                f"{self.failures_in_a_row} conversations in a row were given up after {self.settings.attempts} "
+                f"attempts each ({error}); {self.summary.written} were written, the same command resumes"
+            ) from error
+
+    async def _answer(self, messages: list[dict[str, str]], temperature: float) -> Any:
+        """A choice from the least busy endpoint; tried again elsewhere, or later, when that one fails."""
+        pause = self.settings.first_pause
+        for attempt in range(self.settings.attempts):
+            now = time.monotonic()
+            endpoint = min(self.endpoints, key=lambda e: (max(e.rests_until - now, 0.0), e.in_flight))
+            await asyncio.sleep(max(endpoint.rests_until - now, 0.0))
+            endpoint.in_flight += 1
+            try:
+                choice = await self._ask(endpoint, messages, temperature, self.settings.max_tokens)
+            except _RETRIED:
+                if attempt == self.settings.attempts - 1:
+                    raise
+                endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                return choice
+            finally:
+                endpoint.in_flight -= 1
+        raise AssertionError("attempts is at least 1")
+
+    async def _ask(
+        self, endpoint: _Endpoint, messages: list[dict[str, str]], temperature: float, max_tokens: int
+    ) -> Any:
+        response = await endpoint.client.chat.completions.create(
+            model=self.settings.model,
+            messages=messages,  # type: ignore[arg-type]
+            temperature=temperature,
+            max_tokens=max_tokens,
+            # vLLM's extension: vllm/entrypoints/openai/chat_completion/protocol.py
+            extra_body={"return_token_ids": True} if endpoint.gives_token_ids else None,
+        )
+        if not isinstance(response, ChatCompletion) or not response.choices:
+            raise GriffinError(
+                f"{endpoint.client.base_url}: is no OpenAI-compatible endpoint (does it end in /v1?)"
+            )
+        if response.usage:
+            self.summary.answer_tokens += response.usage.completion_tokens
+        return response.choices[0]
+
+    def _temperature(self, prompt: Conversation) -> float:
+        digest = hashlib.sha256(prompt.id.encode()).digest()
+        return self.settings.temperatures[digest[0] % len(self.settings.temperatures)]
+
+
+class _appending:  # noqa: N801 - a context manager
+    """``path`` opened for appending by this process alone, and the ids that it holds.
+
+    A last line without its end was being written when an earlier run died; it is removed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> tuple[IO[bytes], set[str]]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a+b")
+        try:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise GriffinError(f"{self.path}: another run is writing to it") from error
+            return self.file, self._read()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        if self.path.suffixes[-2:] == [".skipped", ".jsonl"] and self.path.stat().st_size == 0:
+            self.path.unlink()
+
+    def _read(self) -> set[str]:
+        ids: set[str] = set()
+        self.file.seek(0)
+        end = 0
+        for number, line in enumerate(self.file):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                ids.add(json.loads(line)["id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise GriffinError(
+                    f"{self.path}: line {number + 1} is not a record of an earlier run; give another --out"
+                ) from error
+            end += len(line)
+        self.file.truncate(end)
+        return ids
+
+
+def _append(file: IO[bytes], record: dict[str, Any]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    file.flush()
+
+
+def _token_ids(choice: Any) -> list[int] | None:
+    found = (choice.model_extra or {}).get("token_ids")
+    return list(found) if isinstance(found, list) else None
+
+
+def _check(settings: Settings) -> None:
+    where = "griffin data regenerate"
+    for option, value in (
+        ("--max-tokens", settings.max_tokens),
+        ("--max-turns", settings.max_turns),
+        ("--concurrency", settings.concurrency),
+        ("--attempts", settings.attempts),
+    ):
+        if value < 1:
+            raise GriffinError.at(where, option, value, "at least 1")
+    for temperature in settings.temperatures:
+        if temperature < 0:
+            raise GriffinError.at(where, "--temperature", temperature, "at least 0")
