@@ -145,22 +145,17 @@ class ChatTarget:
                 raise RecordError("token_ids outside the target's vocabulary")
         text = self._render(turns)
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-        if self._marks_answers and not any(turns[i].token_ids for i in answers):
-            spans = self._marked_spans(turns)
-            if spans is not None:
-                return [self._pieces(text, spans)]
-        derived = [self._derived_span(text, turns[: i + 1]) for i in answers]
-        whole = [span for span in derived if span is not None]
-        if len(whole) == len(derived):
-            return [self._pieces(text, whole)]
+        spans = self._spans(text, turns, answers)
+        if spans is not None:
+            return [self._pieces(text, spans)]
         return [self._one_answer(turns[: i + 1]) for i in answers]
 
     def _one_answer(self, turns: Sequence[Turn]) -> list[_Piece]:
         """The last answer of ``turns`` behind everything that the target saw before it."""
         text, answer = self._render(turns), turns[-1]
-        span = self._derived_span(text, turns)
-        if span is not None:
-            return self._pieces(text, [span])
+        spans = self._spans(text, turns, [len(turns) - 1])
+        if spans is not None:
+            return self._pieces(text, spans)
         if answer.token_ids is None:
             raise RecordError("the chat template renders the answer differently from how it asks for one")
         return [
@@ -168,30 +163,43 @@ class ChatTarget:
             _Piece(answer.content, True, answer.token_ids),
         ]
 
-    def _derived_span(self, text: str, turns: Sequence[Turn]) -> _Span | None:
-        """Where ``text`` holds the last answer of ``turns``; None where it does not begin as ``turns`` do."""
-        prompt = self._render(turns[:-1], add_generation_prompt=True)
-        upto = self._render(turns).rstrip()
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            return None
-        return self._span(text, len(prompt), len(upto), turns[-1])
+    def _spans(self, text: str, turns: Sequence[Turn], answers: Sequence[int]) -> list[_Span] | None:
+        """Where ``text``, rendered from ``turns``, holds the turns ``answers``.
 
-    def _marked_spans(self, turns: Sequence[Turn]) -> list[_Span] | None:
-        (text,), (marks,) = render_jinja_template(
+        None where it does not show them as they were when the target gave them.
+        """
+        upto = {i: self._render(turns[: i + 1]).rstrip() for i in answers}
+        if not all(text.startswith(beginning) for beginning in upto.values()):
+            return None
+        if self._marks_answers and not any(turns[i].token_ids for i in answers):
+            marks = self._marks(turns)
+            if marks is not None:
+                return [self._span(text, *marks[i], turns[i]) for i in answers]
+        spans = []
+        for i in answers:
+            prompt = self._render(turns[:i], add_generation_prompt=True)
+            if not upto[i].startswith(prompt):
+                return None
+            spans.append(self._span(text, len(prompt), len(upto[i]), turns[i]))
+        return spans
+
+    def _marks(self, turns: Sequence[Turn]) -> dict[int, tuple[int, int]] | None:
+        """Characters of each assistant turn's ``{% generation %}`` block; None where some have no block."""
+        (text,), (blocks,) = render_jinja_template(
             [_messages(turns)],
             chat_template=self._template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        if len(marks) != len(answers):
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if len(blocks) != len(answers):
             return None
-        spans = []
-        for (start, end), turn in zip(marks, answers, strict=True):
-            # Some templates close the turn behind the marked block.
+        marks = {}
+        for i, (start, end) in zip(answers, blocks, strict=True):
+            # Some templates close the turn behind the block.
             after = next((eos for eos in self._eos_texts if text.startswith(eos, end)), "")
-            spans.append(self._span(text, start, end + len(after), turn))
-        return spans
+            marks[i] = (start, end + len(after))
+        return marks
 
     def _span(self, text: str, start: int, end: int, turn: Turn) -> _Span:
         """Divide ``text[start:end]`` into an answer and its end of turn."""

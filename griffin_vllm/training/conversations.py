@@ -45,9 +45,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """At most one system turn, then user and assistant turns by turns, beginning with the user.
+    """At most one system turn, then user and assistant turns by turns, or prompts: user turns alone.
 
-    Conversations of one `family` are fragments of one original and belong on the same side of a split.
+    Conversations of one `family` belong on the same side of a split: fragments of one original, by their ids,
+    and records without an id that begin with the same question.
     """
 
     id: str
@@ -146,30 +147,34 @@ def conversation(record: object, fallback_id: str) -> Conversation:
     Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``,
     ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
     ``token_ids`` and ``finish_reason``. Assistant turns before the first user turn are dropped (fragments
-    begin with them); a conversation ends before its first empty turn, or the first that repeats a role.
+    begin with them); a conversation ends before its first empty turn, and before the first turn that repeats
+    a role unless there are no answers at all.
 
     Raises:
         RecordError: nothing usable is left.
     """
     if not isinstance(record, Mapping):
         raise RecordError("not a JSON object")
-    turns = [_turn(raw) for raw in _raw_turns(record)]
-    start = 1 if turns and turns[0].role == "system" else 0
-    system = tuple(turn for turn in turns[:start] if turn.content.strip())
-    while start < len(turns) and turns[start].role == "assistant":
+    found = [_turn(raw) for raw in _raw_turns(record)]
+    start = 1 if found[0].role == "system" else 0
+    system = [turn for turn in found[:start] if turn.content.strip()]
+    while start < len(found) and found[start].role == "assistant":
         start += 1
+    only_prompts = all(turn.role == "user" for turn in found[start:])
     kept: list[Turn] = []
-    for turn in turns[start:]:
-        expected = "assistant" if kept and kept[-1].role == "user" else "user"
-        if turn.role != expected or not turn.content.strip():
+    for turn in found[start:]:
+        repeats = turn.role == (kept[-1].role if kept else "assistant")
+        if (repeats and not only_prompts) or not turn.content.strip():
             break
         kept.append(turn)
     if not kept:
         raise RecordError("no user turn to begin with")
     record_id = record.get("id", record.get("question_id"))
-    name = fallback_id if record_id is None else str(record_id)
-    fragment = _SHAREGPT_FRAGMENT.fullmatch(name)
-    return Conversation(name, fragment[1] if fragment else name, (*system, *kept))
+    turns = (*system, *kept)
+    if record_id is None:
+        return Conversation(fallback_id, kept[0].content, turns)
+    fragment = _SHAREGPT_FRAGMENT.fullmatch(str(record_id))
+    return Conversation(str(record_id), fragment[1] if fragment else str(record_id), turns)
 
 
 def without_trailing_user_turn(found: Conversation) -> Conversation:

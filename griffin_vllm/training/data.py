@@ -209,37 +209,44 @@ def prepare(
         raise GriffinError.at("griffin data prepare", "--validation", validation_share, "from 0 to below 1")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
+    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise GriffinError.at(
+            "griffin data prepare", "--out", str(out), "a new folder or a token dataset to replace"
+        )
     chat = ChatTarget.load(target)
     excluded = families(exclude)
-    with (
-        Progress(console=console or Console(stderr=True), transient=True) as progress,
-        atomic_folder(out) as staging,
-        _Writer(staging, chat.vocab_size) as writer,
-    ):
-        for source in sources:
-            for chunk in _chunks(writer.reading(source, _open(source, progress)), _CONVERSATIONS_AT_ONCE):
-                writer.add(chunk, chat, max_length, validation_share, loops, loop_threshold, excluded)
-        splits = writer.close()
-        if not splits["train"].samples:
-            raise GriffinError(_nothing_left(sources, writer, splits))
-        manifest = Manifest(
-            griffin_vllm=__version__,
-            target=target,
-            vocab_size=chat.vocab_size,
-            tokenizer_sha256=tokenizer_hash(chat.tokenizer),
-            template_sha256=template_hash(chat.tokenizer),
-            max_length=max_length,
-            loops=loops,
-            loop_threshold=loop_threshold,
-            validation_share=validation_share,
-            sources=writer.sources,
-            splits=splits,
-            conversations=writer.conversations,
-            truncated_samples=writer.truncated,
-            skipped=dict(writer.reasons.most_common()),
-            skipped_examples=writer.examples,
-        )
-        (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    try:
+        with (
+            Progress(console=console or Console(stderr=True), transient=True) as progress,
+            atomic_folder(out) as staging,
+            _Writer(staging, chat.vocab_size) as writer,
+        ):
+            for source in sources:
+                for chunk in _chunks(writer.reading(source, _open(source, progress)), _CONVERSATIONS_AT_ONCE):
+                    writer.add(chunk, chat, max_length, validation_share, loops, loop_threshold, excluded)
+            splits = writer.close()
+            if not splits["train"].samples:
+                raise GriffinError(_nothing_left(sources, writer, splits))
+            manifest = Manifest(
+                griffin_vllm=__version__,
+                target=target,
+                vocab_size=chat.vocab_size,
+                tokenizer_sha256=tokenizer_hash(chat.tokenizer),
+                template_sha256=template_hash(chat.tokenizer),
+                max_length=max_length,
+                loops=loops,
+                loop_threshold=loop_threshold,
+                validation_share=validation_share,
+                sources=writer.sources,
+                splits=splits,
+                conversations=writer.conversations,
+                truncated_samples=writer.truncated,
+                skipped=dict(writer.reasons.most_common()),
+                skipped_examples=writer.examples,
+            )
+            (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise GriffinError(f"{out}: cannot be written ({error.strerror or error})") from error
     return manifest
 
 

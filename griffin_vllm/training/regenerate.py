@@ -1,8 +1,8 @@
 """Prompts answered by the target itself, turn by turn, through OpenAI-compatible endpoints.
 
-A draft head imitates its target, so the target's own answers train it better than anybody else's. The output is
-JSON lines in ShareGPT form, one finished conversation a line, appended as they come: an interrupted run is resumed
-by the same command.
+A draft head imitates its target, so the target's own answers train it better than anybody else's. The output
+is JSON lines in ShareGPT form, one finished conversation a line, appended as they come: an interrupted run is
+resumed by the same command.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FAILURES_TO_STOP = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """How the target answers. ``temperatures``: each conversation gets one of them, chosen by a hash of its id."""
+    """How the target answers. A conversation gets one of the ``temperatures``, chosen by a hash of its id."""
 
     model: str
     temperatures: Sequence[float] = (0.8,)
@@ -82,10 +82,10 @@ def regenerate(
 ) -> Summary:
     """Answer the user turns of ``sources`` and append the conversations to ``out``.
 
-    Conversations that ``out`` holds already are not asked again. Those that an endpoint refuses (too long, for
-    instance) are listed in ``out`` with the suffix ``.skipped.jsonl`` and not asked again either.
-    ``limit``: how many conversations to have in the end. ``exclude``: files of conversations (with their families)
-    that must not be used.
+    Conversations that ``out`` holds already are not asked again. Those that an endpoint refuses (too long,
+    for instance) are listed in ``out`` with the suffix ``.skipped.jsonl`` and not asked again either.
+    ``limit``: use only the first so many conversations. ``exclude``: files of conversations that must not be
+    used, with all of their families.
 
     Raises:
         GriffinError: bad settings, no prompt, ``out`` is in use or damaged, or no endpoint answers. What was
@@ -104,12 +104,16 @@ def regenerate(
         raise GriffinError(f"{', '.join(sources)}: no usable prompt")
     chosen = list(prompts.values())[:limit]
     refused = out.with_suffix(".skipped.jsonl")
-    with _appending(out) as (file, done), _appending(refused) as (refused_file, refused_before):
-        waiting = [prompt for prompt in chosen if prompt.id not in done | refused_before]
-        summary = Summary(done_before=len(chosen) - len(waiting))
-        if waiting:
-            run = _Run(settings, summary, file, refused_file)
-            asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
+    try:
+        with _appending(out) as (file, done), _appending(refused) as (refused_file, refused_before):
+            done |= refused_before
+            waiting = [prompt for prompt in chosen if prompt.id not in done]
+            summary = Summary(done_before=len(chosen) - len(waiting))
+            if waiting:
+                run = _Run(settings, summary, file, refused_file)
+                asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
+    except OSError as error:
+        raise GriffinError(f"{out}: cannot be written ({error.strerror or error})") from error
     return summary
 
 
@@ -163,18 +167,18 @@ class _Run:
         messages = [{"role": "user", "content": "Hi"}]
         try:
             try:
-                choice = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
+                response = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 # Strict servers refuse fields that they do not know.
                 endpoint.gives_token_ids = False
-                choice = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
+                response = await self._ask(endpoint, messages, temperature=0.0, max_tokens=1)
         except openai.NotFoundError as error:
             offered = await self._models(endpoint)
             raise GriffinError.at(str(url), "--model", self.settings.model, offered) from error
         except openai.APIError as error:
             reason = error.__cause__ or error
             raise GriffinError(f"{url}: does not answer chat completions ({reason})") from error
-        endpoint.gives_token_ids = endpoint.gives_token_ids and _token_ids(choice) is not None
+        endpoint.gives_token_ids = endpoint.gives_token_ids and _token_ids(response.choices[0]) is not None
 
     async def _models(self, endpoint: _Endpoint) -> str:
         try:
@@ -224,7 +228,7 @@ class _Run:
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= _FAILURES_TO_STOP:
             raise GriffinError(
-                f"{self.failures_in_a_row} conversations in a row were given up after {self.settings.attempts} "
+                f"{self.failures_in_a_row} conversations in a row failed after {self.settings.attempts} "
                 f"attempts each ({error}); {self.summary.written} were written, the same command resumes"
             ) from error
 
@@ -237,24 +241,26 @@ class _Run:
             await asyncio.sleep(max(endpoint.rests_until - now, 0.0))
             endpoint.in_flight += 1
             try:
-                choice = await self._ask(endpoint, messages, temperature, self.settings.max_tokens)
+                response = await self._ask(endpoint, messages, temperature, self.settings.max_tokens)
             except _RETRIED:
                 if attempt == self.settings.attempts - 1:
                     raise
                 endpoint.rests_until = max(endpoint.rests_until, time.monotonic() + pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             else:
-                return choice
+                if response.usage:
+                    self.summary.answer_tokens += response.usage.completion_tokens
+                return response.choices[0]
             finally:
                 endpoint.in_flight -= 1
         raise AssertionError("attempts is at least 1")
 
     async def _ask(
         self, endpoint: _Endpoint, messages: list[dict[str, str]], temperature: float, max_tokens: int
-    ) -> Any:
+    ) -> ChatCompletion:
         response = await endpoint.client.chat.completions.create(
             model=self.settings.model,
-            messages=messages,  # type: ignore[arg-type]
+            messages=messages,
             temperature=temperature,
             max_tokens=max_tokens,
             # vLLM's extension: vllm/entrypoints/openai/chat_completion/protocol.py
@@ -264,9 +270,7 @@ class _Run:
             raise GriffinError(
                 f"{endpoint.client.base_url}: is no OpenAI-compatible endpoint (does it end in /v1?)"
             )
-        if response.usage:
-            self.summary.answer_tokens += response.usage.completion_tokens
-        return response.choices[0]
+        return response
 
     def _temperature(self, prompt: Conversation) -> float:
         digest = hashlib.sha256(prompt.id.encode()).digest()
@@ -296,8 +300,9 @@ class _appending:  # noqa: N801 - a context manager
             raise
 
     def __exit__(self, *error: object) -> None:
+        empty = self.file.seek(0, os.SEEK_END) == 0
         self.file.close()
-        if self.path.suffixes[-2:] == [".skipped", ".jsonl"] and self.path.stat().st_size == 0:
+        if empty:
             self.path.unlink()
 
     def _read(self) -> set[str]:
