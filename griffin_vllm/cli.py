@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from griffin_vllm import __version__
 from griffin_vllm.errors import GriffinError
@@ -181,3 +181,51 @@ def data_regenerate(
     if summary.failed:
         typer.echo(f"{summary.failed} failed for now; the same command tries them again", err=True)
         raise typer.Exit(1)
+
+
+class _TrainCommand(TyperCommand):
+    """``griffin train --help`` also lists every setting, from the settings themselves."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        from griffin_vllm.training.config import describe_settings
+
+        super().format_help(ctx, formatter)
+        table = Table("setting", "default", "meaning", title="Settings", title_justify="left")
+        for row in describe_settings():
+            table.add_row(*row)
+        Console().print(table)
+
+
+@app.command(
+    "train",
+    cls=_TrainCommand,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Argument(help="YAML file of settings.", metavar="CONFIG.yaml")],
+) -> None:
+    """Train a GRIFFIN, HASS or EAGLE head offline; the result is a folder that vLLM serves as it is.
+
+    Every setting of CONFIG.yaml can be given on the command line too, nested ones with dots.
+    The same command continues a run that was stopped. `preset: small` or `preset: reference` in the file
+    starts from known settings. Several processes: `accelerate launch -m griffin_vllm.cli train ...`.
+
+    Example: griffin train small.yaml --method hass --stages.0.epochs 2 --output runs/hass
+    """
+    from griffin_vllm.training.config import TrainConfig
+    from griffin_vllm.training.loop import Interrupted, Trainer
+
+    try:
+        folder = Trainer(TrainConfig.load(config, ctx.args)).run()
+    except Interrupted as stopped:
+        typer.echo(stopped, err=True)
+        raise typer.Exit(128 + stopped.signal) from stopped
+    typer.echo(folder)
+
+
+if __name__ == "__main__":
+    app()

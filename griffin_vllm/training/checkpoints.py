@@ -1,0 +1,70 @@
+"""Training checkpoints: whole or absent, and enough to continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from griffin_vllm.checkpoint import atomic_folder
+from griffin_vllm.errors import GriffinError
+
+KEEP = 2
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """``step``: optimiser steps done; ``weights``: the head in float32; ``optimizer``: its state dict."""
+
+    step: int
+    seconds: float
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, state: TrainingState) -> Path:
+    """Write ``folder/step-N`` and forget all but the last two.
+
+    Raises:
+        GriffinError: the disk is full or not writable; the earlier checkpoints are untouched.
+    """
+    path = folder / f"step-{state.step:08d}"
+    try:
+        with atomic_folder(path) as staging:
+            save_file({k: v.contiguous() for k, v in state.weights.items()}, staging / "head.safetensors")
+            torch.save(state.optimizer, staging / "optimizer.pt")
+            meta = {"step": state.step, "seconds": state.seconds}
+            (staging / "state.json").write_text(json.dumps(meta), encoding="utf-8")
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        kept = latest_checkpoint(folder)
+        raise GriffinError(f"{path}: cannot be written ({error}); the last good one is {kept}") from error
+    for old in _checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return path
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return TrainingState(
+        meta["step"],
+        meta["seconds"],
+        load_file(path / "head.safetensors"),
+        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+    )
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))

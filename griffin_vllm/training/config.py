@@ -1,0 +1,230 @@
+"""The trainer's settings: documentation, validation, YAML file and command line in one place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.alignment import AlignmentRule
+from griffin_vllm.training.attention import AttentionName
+
+Method = Literal["griffin", "hass", "eagle"]
+HeadName = Literal["griffin", "eagle"]
+PRESETS = Path(__file__).parent / "presets"
+
+METHODS: dict[Method, tuple[HeadName, AlignmentRule]] = {
+    "griffin": ("griffin", "reference"),
+    "hass": ("eagle", "off"),
+    "eagle": ("eagle", "off"),
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stage(Section):
+    """One stage of training; each continues from the weights of the one before."""
+
+    draft_steps: PositiveInt = Field(description="draft steps trained at once")
+    epochs: PositiveFloat = Field(default=1.0, description="passes over the data; fractions are allowed")
+    k_weight: NonNegativeFloat = Field(
+        default=0.5, description="weight of the top-10 cross entropy in this stage"
+    )
+
+
+class TrainConfig(Section):
+    """Settings of ``griffin train``. Every field can be given in the YAML file or as ``--field value``
+    (``--stages.0.epochs 2`` for nested ones)."""
+
+    target: Path = Field(description="folder of the target model")
+    data: Path = Field(description="data set written by `griffin data prepare`")
+    output: Path = Field(description="folder for checkpoints, logs and the finished head")
+    features: Path | None = Field(
+        None, description="folder for cached target features; without it the target runs in the loop"
+    )
+    init_from: str | None = Field(
+        None, description="continue from a GRIFFIN head: bundled name, folder or Hub id"
+    )
+
+    method: Method = Field(
+        "griffin", description="griffin, hass (EAGLE head, multi-step) or eagle (one step)"
+    )
+    head: HeadName | None = Field(None, description="head to train; by default the method's own")
+    alignment: AlignmentRule | None = Field(
+        None, description="alignment mask: off, reference or causal; by default the method's own"
+    )
+    align_top_k: PositiveInt = Field(3, description="a draft is aligned when the true token is in its top k")
+    stages: tuple[Stage, ...] = Field(
+        (Stage(draft_steps=1, k_weight=0.0), Stage(draft_steps=2), Stage(draft_steps=3)), min_length=1
+    )
+    detach: bool = Field(True, description="cut the gradient between draft steps, as the reference does")
+    v_weight: NonNegativeFloat = Field(1.0, description="weight of the feature regression loss")
+    p_weight: NonNegativeFloat = Field(0.1, description="weight of the full cross entropy")
+    step_decay: PositiveFloat = Field(1.0, description="weight of draft step n is step_decay ** (n - 1)")
+    noise: NonNegativeFloat = Field(
+        0.2, description="width of the uniform noise on input features at T = 512"
+    )
+
+    intermediate_size: PositiveInt | None = Field(None, description="by default the target's")
+    num_key_value_heads: PositiveInt | None = Field(None, description="by default the target's")
+
+    batch_tokens: PositiveInt = Field(
+        2048, description="positions of one optimiser step, all processes together"
+    )
+    gradient_accumulation: PositiveInt = Field(1, description="micro-batches an optimiser step")
+    learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the rate falls to zero"
+    )
+    clip_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's norm")
+    clip_value: PositiveFloat | None = Field(
+        None, description="clip each gradient entry (the reference: 0.5)"
+    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products; weights are float32")
+    attention: AttentionName = Field("auto", description="auto, torch or xformers (CUDA only)")
+    soft_target_tokens: PositiveInt | None = Field(
+        32, description="the target's most likely tokens that make a soft target; null: the whole vocabulary"
+    )
+    sampled_tokens: PositiveInt | None = Field(
+        None,
+        description="normalise the draft distribution over the batch's own tokens and this many sampled ones; "
+        "null: the whole vocabulary",
+    )
+    loops: Literal["keep", "drop"] = Field(
+        "keep", description="what to do with answers that repeat themselves"
+    )
+    seed: int = 0
+
+    num_speculative_tokens: PositiveInt = Field(5, description="K for validation and for the served head")
+    validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
+    validate_every: PositiveInt = Field(500, description="optimiser steps between validations")
+    checkpoint_minutes: PositiveFloat = Field(5.0, description="minutes between checkpoints")
+
+    @property
+    def head_name(self) -> HeadName:
+        return self.head or METHODS[self.method][0]
+
+    @property
+    def alignment_rule(self) -> AlignmentRule:
+        return self.alignment or METHODS[self.method][1]
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a YAML file and apply command-line ``overrides`` (``--a.b value`` or ``--a.b=value``).
+
+        A ``preset`` key names a file of ``presets/`` whose values the file builds on.
+
+        Raises:
+            GriffinError: unreadable, not YAML (with the line), an unknown option (with the nearest name),
+                or a value of the wrong kind.
+        """
+        values = read_yaml(path)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            values = {**read_preset(str(preset)), **values}
+        for key, value in parse_overrides(overrides):
+            set_nested(values, key, value)
+        return cls.check(values, path)
+
+    @classmethod
+    def check(cls, values: dict[str, Any], path: Path) -> TrainConfig:
+        for name in values:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise GriffinError(f"{path}: unknown option {name!r}{hint}")
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise GriffinError.at(
+                path, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]
+            ) from error
+        if config.method == "eagle" and any(stage.draft_steps > 1 for stage in config.stages):
+            raise GriffinError.at(
+                path, "stages", "more than one draft step", "one (method eagle; hass has more)"
+            )
+        return config
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    presets = {path.stem: path for path in PRESETS.glob("*.yaml")}
+    if name not in presets:
+        raise GriffinError.at("preset", "name", name, f"one of {sorted(presets)}")
+    return read_yaml(presets[name])
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise GriffinError(f"{path}: is not UTF-8 text ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise GriffinError(f"{path}: {line}is not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(values, dict):
+        raise GriffinError.at(path, "top level", type(values).__name__, "settings, one `name: value` a line")
+    return values
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """``--name value`` and ``--name=value`` pairs, values read as YAML; dashes in names are underscores."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise GriffinError(f"{option!r} is not an option; write --name value")
+        name, equals, value = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise GriffinError(f"--{name} has no value")
+            value = rest.pop(0)
+        pairs.append((name.replace("-", "_"), yaml.safe_load(value)))
+    return pairs
+
+
+def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``stages.0.epochs`` and the like in place."""
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        try:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        except (ValueError, IndexError) as error:
+            raise GriffinError(f"--{key}: {parent!r} is not in the settings") from error
+    if isinstance(place, list):
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def describe_settings() -> list[tuple[str, str, str]]:
+    """Name, default and meaning of every setting, for the command line's help."""
+    rows = []
+    for name, info in TrainConfig.model_fields.items():
+        default = "(required)" if info.is_required() else str(info.default)
+        if name == "stages":
+            default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in info.default)
+        rows.append((f"--{name}", default, info.description or ""))
+    return rows

@@ -1,0 +1,188 @@
+"""The target's features on disk: written once, resumable, read back through a memory map.
+
+A cache is a folder of safetensors shards (``hidden_states`` bf16 (N, d), ``top_ids`` int32 (N, k) and
+``top_probabilities`` bf16 (N, k), N being the tokens of a run of samples), the target's embeddings and
+``lm_head``, and a ``manifest.json`` that says which data set and target they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig
+
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.data import TokenDataset
+from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
+
+SHARD_TOKENS = 65_536
+MANIFEST = "manifest.json"
+SHARED = "shared.safetensors"
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache was made from; two caches with the same manifest hold the same numbers."""
+
+    target: str
+    dataset: str
+    hidden_size: int
+    vocab_size: int
+    top_k: int
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, target: Path, hf_config: PreTrainedConfig, data: TokenDataset, top_k: int) -> CacheManifest:
+        """The cache that ``data`` needs from the target in folder ``target``."""
+        return cls(
+            target=target.name,
+            dataset=sha256((data.folder / "manifest.json").read_bytes()).hexdigest(),
+            hidden_size=hf_config.hidden_size,
+            vocab_size=hf_config.vocab_size,
+            top_k=top_k,
+            lengths=data.lengths.tolist(),
+        )
+
+    def size_in_bytes(self) -> int:
+        per_token = 2 * self.hidden_size + (4 + 2) * self.top_k
+        return sum(self.lengths) * per_token + 4 * self.vocab_size * self.hidden_size
+
+
+class FeatureCache:
+    """Reader of one split's cache."""
+
+    def __init__(self, folder: Path, manifest: CacheManifest) -> None:
+        """Open the cache in ``folder``, which :func:`is_complete` for ``manifest``."""
+        self.folder, self.manifest = folder, manifest
+        starts = np.concatenate([[0], np.cumsum(manifest.lengths)])
+        self._place = {
+            sample: (shard, int(starts[sample] - starts[run[0]]))
+            for shard, run in enumerate(shards(manifest.lengths))
+            for sample in run
+        }
+        self._open = lru_cache(maxsize=64)(lambda i: safe_open(_shard_path(folder, i), "pt"))
+
+    def shared_weights(self) -> SharedWeights:
+        tensors = load_file(self.folder / SHARED)
+        embed_tokens = tensors["embed_tokens"]
+        return SharedWeights(embed_tokens, tensors.get("lm_head", embed_tokens))
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, SoftTargets]:
+        """Features (T, d) bf16 of one sample and the target's soft targets after each position."""
+        shard, start = self._place[sample]
+        rows = slice(start, start + self.manifest.lengths[sample])
+        file = self._open(shard)
+        return file.get_slice("hidden_states")[rows], SoftTargets(
+            file.get_slice("top_ids")[rows].long(), file.get_slice("top_probabilities")[rows].float()
+        )
+
+
+def write_cache(
+    folder: Path,
+    target: Target,
+    tokens: Sequence[Tensor],
+    manifest: CacheManifest,
+    progress: Callable[[int], None] = lambda done: None,
+    batch_tokens: int = 4096,
+) -> None:
+    """Compute and store the features of ``tokens`` (int64 (T,) each); continues a partial cache.
+
+    Raises:
+        GriffinError: the disk has no room, or the folder holds the cache of something else.
+    """
+    if not _matches(folder, manifest):
+        raise GriffinError(f"{folder}: holds features of another target or data set; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = shards(manifest.lengths)
+    todo = [shard for shard in range(len(runs)) if not _shard_path(folder, shard).is_file()]
+    need = manifest.size_in_bytes() * len(todo) // len(runs)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise GriffinError(
+            f"{folder}: the feature cache takes {need / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free"
+        )
+    _write(folder / MANIFEST, lambda path: path.write_text(json.dumps(asdict(manifest)), encoding="utf-8"))
+    shared = {"embed_tokens": target.shared.embed_tokens}
+    if target.shared.lm_head is not target.shared.embed_tokens:
+        shared["lm_head"] = target.shared.lm_head
+    _write(folder / SHARED, lambda path: save_file(shared, path))
+    for shard, run in enumerate(runs):
+        if shard in todo:
+            tensors = _compute(target, [tokens[i] for i in run], manifest.top_k, batch_tokens)
+            _write(_shard_path(folder, shard), partial(save_file, tensors))
+        progress(sum(manifest.lengths[i] for i in run))
+
+
+def is_complete(folder: Path, manifest: CacheManifest) -> bool:
+    """Whether ``folder`` holds all of the cache that ``manifest`` describes."""
+    present = (_shard_path(folder, shard).is_file() for shard in range(len(shards(manifest.lengths))))
+    return (folder / MANIFEST).is_file() and _matches(folder, manifest) and all(present)
+
+
+def _matches(folder: Path, manifest: CacheManifest) -> bool:
+    path = folder / MANIFEST
+    try:
+        return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == asdict(manifest)
+    except ValueError as error:
+        raise GriffinError(f"{path}: is not valid JSON ({error})") from error
+
+
+def shards(lengths: Sequence[int]) -> list[range]:
+    """Runs of consecutive samples of about ``SHARD_TOKENS`` tokens, the same for the same lengths."""
+    runs, start, size = [], 0, 0
+    for sample, length in enumerate(lengths):
+        size += length
+        if size >= SHARD_TOKENS:
+            runs.append(range(start, sample + 1))
+            start, size = sample + 1, 0
+    if start < len(lengths):
+        runs.append(range(start, len(lengths)))
+    return runs
+
+
+def _compute(target: Target, tokens: Sequence[Tensor], top_k: int, batch_tokens: int) -> dict[str, Tensor]:
+    """Features of one shard, in the samples' order; computed longest first so that padding stays small."""
+    features: list[Tensor] = [torch.empty(0)] * len(tokens)
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    while order:
+        size = max(1, batch_tokens // len(tokens[order[0]]))
+        batch, order = order[:size], order[size:]
+        hidden = target.hidden_states(pad_sequence([tokens[i] for i in batch], batch_first=True))
+        for row, i in enumerate(batch):
+            features[i] = hidden[row, : len(tokens[i])]
+    hidden_states = torch.cat(features)
+    soft = soft_targets(hidden_states, target.shared.lm_head, top_k)
+    return {
+        "hidden_states": hidden_states.to("cpu", torch.bfloat16).contiguous(),
+        "top_ids": soft.ids.to("cpu", torch.int32).contiguous(),
+        "top_probabilities": soft.probabilities.to("cpu", torch.bfloat16).contiguous(),
+    }
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"features-{shard:05d}.safetensors"
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name first: a file of the final name is always whole."""
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        write(unfinished)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise GriffinError(f"{path}: cannot be written ({error.strerror or error})") from error
+    os.replace(unfinished, path)

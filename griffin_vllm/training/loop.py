@@ -1,0 +1,456 @@
+"""The training loop: stages, schedule, checkpoints, validation; resumable at any step.
+
+Everything random is drawn from (seed, step) or (seed, sample), never from a running generator, so a
+resumed run repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoTokenizer
+
+from griffin_vllm.checkpoint import EMBEDDINGS, find_head, load_tensors, open_head
+from griffin_vllm.config import HeadConfig
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.attention import choose_attention
+from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
+from griffin_vllm.training.checkpoints import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from griffin_vllm.training.config import Stage, TrainConfig
+from griffin_vllm.training.data import TokenDataset, length_buckets
+from griffin_vllm.training.export import export_head, model_card
+from griffin_vllm.training.features import CacheManifest, FeatureCache, is_complete, write_cache
+from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
+from griffin_vllm.training.simulate import Acceptance, simulate
+from griffin_vllm.training.steps import DraftSteps, StepWeights
+from griffin_vllm.training.target import SharedWeights, Target, target_config
+
+LOG_EVERY = 10
+# An answer counts as greedy when the target's first choice is the token at this share of its positions.
+GREEDY_SHARE = 0.97
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One optimiser step: its stage, and the samples of each micro-batch."""
+
+    stage: Stage
+    micro_batches: list[list[int]]
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """SIGTERM or Ctrl-C arrived and the state is on disk; end the process with 128 + ``signal``."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}; run the same command again to continue")
+        self.signal = number
+
+
+class Trainer:
+    """One run, from a validated config to an exported head."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Load data and features and build the head.
+
+        Raises:
+            GriffinError: data, target and settings do not fit each other, or ``output`` holds another run.
+        """
+        self.config = config
+        self.console = Console(stderr=True)
+        claim_output(config)
+        self.train_data = TokenDataset(config.data, "train")
+        self.validation_data = TokenDataset(config.data, "validation")
+        hf_config = target_config(config.target)
+        tokenizer = AutoTokenizer.from_pretrained(config.target, trust_remote_code=False)
+        self.train_data.check_target(tokenizer, hf_config.vocab_size)
+        self.soft_target_tokens = config.soft_target_tokens or hf_config.vocab_size
+        self.head_config = head_config(config, hf_config, int(self.train_data.lengths.max()))
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.device = self.accelerator.device
+        self.train_source, self.validation_source, shared = self._sources()
+        self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        self.plan = plan_steps(self.train_data, config)
+        self.head = self._new_head()
+        self.answers = self._greedy_answers()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.output / "checkpoints"
+
+    def run(self) -> Path:
+        """Train to the end, or on from the latest checkpoint, and export; returns the finished head's folder.
+
+        Raises:
+            Interrupted: a signal arrived.
+            GriffinError: the loss is not finite, or a checkpoint cannot be written.
+        """
+        config = self.config
+        steps = DraftSteps(
+            self.head,
+            self.shared,
+            alignment=config.alignment_rule,
+            align_top_k=config.align_top_k,
+            sampled_tokens=config.sampled_tokens,
+            detach=config.detach,
+            mean_over_processes=lambda count: self.accelerator.reduce(count, "mean"),
+        )
+        optimizer = torch.optim.AdamW(
+            self.head.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        model, optimizer = self.accelerator.prepare(steps, optimizer)
+        done, seconds_before = self._resume(optimizer)
+        log = RunLog(config.output, done)
+        clock = saved_at = time.monotonic()
+        with stop_signals() as stop, self._progress(done) as progress:
+            while done < len(self.plan):
+                losses = self._optimise(model, optimizer, done)
+                done += 1
+                if not math.isfinite(losses["loss"]):
+                    raise GriffinError(
+                        f"{config.output}: the loss is {losses['loss']} at step {done}; "
+                        f"the last good checkpoint is {latest_checkpoint(self.checkpoints)}"
+                    )
+                progress(done, losses)
+                if done % LOG_EVERY == 0:
+                    log.write("train", done, losses)
+                if done % config.validate_every == 0:
+                    log.write("validation", done, acceptance_row(self.validate()))
+                if stop or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                    saved_at = time.monotonic()
+                    self._save(optimizer, done, seconds_before + saved_at - clock)
+                if stop:
+                    raise Interrupted(stop[0], done)
+        self._save(optimizer, done, seconds_before + time.monotonic() - clock)
+        acceptance = self.validate()
+        log.write("validation", done, acceptance_row(acceptance))
+        return self._export(acceptance, log)
+
+    def validate(self) -> Acceptance:
+        """Greedy chains simulated on the first greedy answers of the validation split."""
+        batches = (self._batch(self.validation_data, self.validation_source, s, 0.0, 0) for s in self.answers)
+        with self.accelerator.autocast():
+            return simulate(self.head, self.shared, batches, self.config.num_speculative_tokens)
+
+    def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
+        """Optimiser step ``index`` of the plan; returns its losses, averaged over micro-batches."""
+        config, accelerator, planned = self.config, self.accelerator, self.plan[index]
+        weights = StepWeights(config.v_weight, config.p_weight, planned.stage.k_weight, config.step_decay)
+        rate = learning_rate(config, index, len(self.plan))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        count, losses = (
+            len(planned.micro_batches),
+            torch.zeros(planned.stage.draft_steps, 3, device=self.device),
+        )
+        for number, samples in enumerate(planned.micro_batches, start=1):
+            batch = self._batch(
+                self.train_data, self.train_source, samples, config.noise, config.seed + index
+            )
+            with nullcontext() if number == count else accelerator.no_sync(model):
+                surrogate, parts = model(batch, planned.stage.draft_steps, weights, config.seed + index)
+                accelerator.backward(surrogate / count)
+            losses += parts / count
+        if config.clip_value is not None:
+            accelerator.clip_grad_value_(model.parameters(), config.clip_value)
+        if config.clip_norm is not None:
+            accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        return self._named(accelerator.reduce(losses, "mean"), weights) | {"learning_rate": rate}
+
+    def _named(self, losses: Tensor, weights: StepWeights) -> dict[str, float]:
+        rows = losses.tolist()
+        named = {f"{name}{n}": row[i] for n, row in enumerate(rows, 1) for i, name in enumerate("vpk")}
+        joint = ((weights.v * v + weights.p * p + weights.k * k) for v, p, k in rows)
+        return {"loss": sum(weights.decay**n * loss for n, loss in enumerate(joint)), **named}
+
+    def _batch(
+        self, data: TokenDataset, source: Source, samples: list[int], noise: float, seed: int
+    ) -> Batch:
+        """This process's part of a batch; a process without a sample learns nothing from the first one."""
+        mine = samples[self.accelerator.process_index :: self.accelerator.num_processes]
+        batch = make_batch(data, source, mine or samples[:1], noise, seed).to(self.device)
+        return batch if mine else batch.without_loss()
+
+    def _sources(self) -> tuple[Source, Source, SharedWeights]:
+        config = self.config
+        if config.features is None:
+            target = Target(config.target, self.device)
+            source = TargetSource(target, self.soft_target_tokens)
+            return source, source, target.shared
+        train, validation = (
+            self._cache(config.features / d.split, d) for d in (self.train_data, self.validation_data)
+        )
+        return CachedSource(train), CachedSource(validation), train.shared_weights()
+
+    def _cache(self, folder: Path, data: TokenDataset) -> FeatureCache:
+        """Open a feature cache, writing it first (by one process) where it is not complete."""
+        config = self.config
+        manifest = CacheManifest.of(
+            config.target, target_config(config.target), data, self.soft_target_tokens
+        )
+        with self.accelerator.main_process_first():
+            if not is_complete(folder, manifest):
+                size = manifest.size_in_bytes() / 1e9
+                self.console.print(f"writing {size:.1f} GB of target features to {folder}")
+                with Progress(console=self.console) as progress:
+                    task = progress.add_task(f"features, {data.split}", total=sum(manifest.lengths))
+                    tokens = [data[i][0] for i in range(len(data))]
+                    write_cache(
+                        folder,
+                        Target(config.target, self.device),
+                        tokens,
+                        manifest,
+                        lambda count: progress.advance(task, count),
+                    )
+        return FeatureCache(folder, manifest)
+
+    def _new_head(self) -> DraftHead:
+        config = self.config
+        torch.manual_seed(config.seed)
+        kind = GriffinHead if config.head_name == "griffin" else EagleHead
+        head = kind(self.head_config, choose_attention(config.attention, self.device))
+        if config.init_from is None:
+            sample, _ = self.train_source.features([0], [self.train_data[0][0]])[0]
+            head.reset_parameters(rms(self.shared.embed_tokens), rms(sample))
+        else:
+            tensors = load_tensors(open_head(find_head(config.init_from)).weights)
+            head.load_state_dict({name: t.float() for name, t in tensors.items() if name != EMBEDDINGS})
+        return head.to(self.device)
+
+    def _greedy_answers(self) -> list[list[int]]:
+        """Batches of validation samples whose answers the target would give at temperature 0."""
+        chosen: list[int] = []
+        for sample in range(len(self.validation_data)):
+            if len(chosen) == self.config.validation_samples:
+                break
+            tokens, mask = self.validation_data[sample]
+            _, soft = self.validation_source.features([sample], [tokens])[0]
+            greedy = soft.ids[:-1, 0].cpu() == tokens[1:]
+            if mask[1:].any() and greedy[mask[1:]].float().mean() >= GREEDY_SHARE:
+                chosen.append(sample)
+        chosen = chosen or list(range(min(len(self.validation_data), self.config.validation_samples)))
+        lengths = self.validation_data.lengths[chosen]
+        buckets = length_buckets(lengths, self.config.batch_tokens, self.config.seed, 0)
+        return [[chosen[i] for i in bucket] for bucket in buckets]
+
+    def _resume(self, optimizer: Any) -> tuple[int, float]:
+        """Steps done and seconds spent so far, after loading the latest checkpoint if there is one."""
+        path = latest_checkpoint(self.checkpoints)
+        if path is None:
+            return 0, 0.0
+        state = load_checkpoint(path)
+        self.head.load_state_dict(state.weights)
+        optimizer.load_state_dict(state.optimizer)
+        self.console.print(f"continuing from {path}")
+        return state.step, state.seconds
+
+    def _save(self, optimizer: Any, done: int, seconds: float) -> None:
+        if self.accelerator.is_main_process:
+            state = TrainingState(done, seconds, self.head.state_dict(), optimizer.state_dict())
+            save_checkpoint(self.checkpoints, state)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _progress(self, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+        """A progress bar over optimiser steps with loss, tokens/s and time left."""
+        sizes = [
+            sum(int(self.train_data.lengths[i]) for part in step.micro_batches for i in part)
+            for step in self.plan
+        ]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
+            TimeRemainingColumn(),
+        )
+        start, first = time.monotonic(), done
+        with Progress(*columns, console=self.console, disable=not self.accelerator.is_main_process) as bar:
+            task = bar.add_task("training", total=len(self.plan), completed=done, loss=math.nan, speed=0.0)
+
+            def show(done: int, losses: dict[str, float]) -> None:
+                speed = sum(sizes[first:done]) / (time.monotonic() - start)
+                steps = self.plan[done - 1].stage.draft_steps
+                bar.update(
+                    task,
+                    completed=done,
+                    loss=losses["loss"],
+                    speed=speed,
+                    description=f"training, {steps} draft step{'s' * (steps > 1)}",
+                )
+
+            yield show
+
+    def _export(self, acceptance: Acceptance, log: RunLog) -> Path:
+        folder = self.config.output / "head"
+        if self.accelerator.is_main_process:
+            positions = sum(
+                int(self.train_data.lengths[i]) for s in self.plan for part in s.micro_batches for i in part
+            )
+            history = [row for row in log.rows() if row["kind"] == "validation"]
+            manifest = self.train_data.manifest.model_dump()
+            card = model_card(self.head_config, self.config, manifest, history, acceptance, positions)
+            export_head(folder, self.config.head_name, self.head_config, self.head.state_dict(), card)
+            self.console.print(
+                f"acceptance length {acceptance.acceptance_length:.3f} (simulated); head in {folder}"
+            )
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+class RunLog:
+    """``log.jsonl`` and tensorboard events of one run; rows past a resumed checkpoint are dropped."""
+
+    def __init__(self, output: Path, done: int) -> None:
+        self.path = output / "log.jsonl"
+        rows = [row for row in self.rows() if row["step"] <= done]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=done)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def claim_output(config: TrainConfig) -> None:
+    """Make ``output`` this run's folder; a folder of a run with other settings is refused.
+
+    Raises:
+        GriffinError: another run's folder (the first differing setting is named), or it cannot be written.
+    """
+    path = config.output / "config.json"
+    settings = config.model_dump(mode="json")
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another output folder")
+        return
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
+
+
+def head_config(config: TrainConfig, target: Any, trained_context_length: int) -> HeadConfig:
+    """The head's sizes: the target's, unless the settings or ``init_from`` say otherwise."""
+    if config.init_from is not None:
+        found = open_head(find_head(config.init_from)).config
+        for name in ("hidden_size", "vocab_size"):
+            if getattr(found, name) != getattr(target, name):
+                raise GriffinError.at(
+                    config.init_from, name, getattr(found, name), f"the target's {getattr(target, name)}"
+                )
+        sizes = found.model_dump()
+    else:
+        heads = target.num_attention_heads
+        sizes = {
+            "hidden_size": target.hidden_size,
+            "intermediate_size": config.intermediate_size or target.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.num_key_value_heads or target.num_key_value_heads,
+            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
+            "vocab_size": target.vocab_size,
+            "draft_vocab_size": target.vocab_size,
+            "max_position_embeddings": target.max_position_embeddings,
+            "rms_norm_eps": target.rms_norm_eps,
+            "rope_theta": (target.rope_parameters or {}).get("rope_theta", 10000.0),
+        }
+    return HeadConfig(
+        **sizes
+        | {
+            "target": getattr(target, "name_or_path", "") or str(config.target),
+            "num_speculative_tokens": config.num_speculative_tokens,
+            "trained_context_length": trained_context_length,
+        }
+    )
+
+
+def plan_steps(data: TokenDataset, config: TrainConfig) -> list[PlannedStep]:
+    """Every optimiser step of the run, in order; the same for the same data and settings.
+
+    Raises:
+        GriffinError: no sample is left to train on.
+    """
+    samples = [i for i in range(len(data)) if config.loops == "keep" or not data.loops[i]]
+    if not samples:
+        raise GriffinError(f"{data.folder}: has no sample to train on (loops: {config.loops})")
+    lengths = data.lengths[samples]
+    tokens, n = config.batch_tokens // config.gradient_accumulation, config.gradient_accumulation
+    plan: list[PlannedStep] = []
+    epoch = 0
+    for stage in config.stages:
+        left = stage.epochs
+        while left > 0:
+            buckets = [[samples[i] for i in b] for b in length_buckets(lengths, tokens, config.seed, epoch)]
+            buckets = buckets[: max(1, round(min(left, 1.0) * len(buckets)))]
+            plan += [PlannedStep(stage, buckets[i : i + n]) for i in range(0, len(buckets), n)]
+            left, epoch = left - 1, epoch + 1
+    return plan
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The rate of optimiser step ``step`` of ``steps``: linear warm-up, then the schedule down to zero."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * falling[config.schedule]
+
+
+def acceptance_row(acceptance: Acceptance) -> dict[str, Any]:
+    return {"acceptance_length": acceptance.acceptance_length, "accuracy": acceptance.accuracy}
+
+
+def rms(x: Tensor) -> float:
+    return float(x.float().square().mean().sqrt())
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and Ctrl-C add their number to, instead of ending the process in mid-step."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
