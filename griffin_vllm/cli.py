@@ -69,7 +69,7 @@ def data_prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Files (ShareGPT JSON, or JSON lines with `messages` or `conversations`; gzip too), folders "
             "written by save_to_disk, or Hub data sets org/name[:split].",
         ),
@@ -128,7 +128,7 @@ def data_regenerate(
     prompts: Annotated[
         list[str],
         typer.Argument(
-            metavar="PROMPTS...",
+            metavar="PROMPTS",
             help="Conversations in any form that `prepare` reads (their user turns are asked), or JSON lines "
             "with `turns` or `prompt`.",
         ),
