@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -83,3 +84,30 @@ def _choosing_at_first_launch(original: Callable[..., Any]) -> Callable[..., Non
 
     launch.mends = original  # type: ignore[attr-defined]
     return launch
+
+
+def mend_top_k(topk_topp_sampler: Any) -> None:
+    """Let ``apply_top_k_only`` of ``vllm/v1/sample/ops/topk_topp_sampler.py`` take no rows.
+
+    A speculating vLLM 0.32 verifies in every step, also in those without a draft (a prompt's first), and
+    then a request with top-k and without top-p kills the engine. Only the CPU takes this path.
+    """
+    original = topk_topp_sampler.apply_top_k_only
+    if not current_platform.is_cpu() or hasattr(original, "mends") or not _fails_on_no_rows(original):
+        return
+
+    @functools.wraps(original)
+    def apply_top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return original(logits, k) if len(logits) else logits
+
+    apply_top_k_only.mends = original  # type: ignore[attr-defined]
+    topk_topp_sampler.apply_top_k_only = apply_top_k_only
+    logger.warning("Mending vLLM's top-k sampling on CPU (it fails on steps without a draft)")
+
+
+def _fails_on_no_rows(apply_top_k_only: Callable[..., Any]) -> bool:
+    try:
+        apply_top_k_only(torch.empty(0, 2), torch.empty(0, dtype=torch.int32))
+    except RuntimeError:
+        return True
+    return False

@@ -233,6 +233,12 @@ def _mend_cpu_sampling(_: ModuleType) -> None:
     mend()
 
 
+def _mend_cpu_top_k(topk_topp_sampler: ModuleType) -> None:
+    from griffin_vllm.serving.cpu_sampling import mend_top_k
+
+    mend_top_k(topk_topp_sampler)
+
+
 TOUCH_POINTS = (
     TouchPoint(
         "vllm.engine.arg_utils",
@@ -270,5 +276,12 @@ TOUCH_POINTS = (
         "cpu_triton_utils._expand_kernel_impl",
         "random rejection sampling on CPU, see cpu_sampling.py",
         _mend_cpu_sampling,
+    ),
+    TouchPoint(
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "apply_top_k_only",
+        "top-k sampling on CPU, see cpu_sampling.py",
+        _mend_cpu_top_k,
+        on_import=True,
     ),
 )

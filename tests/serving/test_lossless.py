@@ -1,0 +1,248 @@
+"""Temperature 0, float32: every answer under GRIFFIN is, token by token, plain vLLM's.
+
+Each case runs the same requests on an engine without and on one with a head that is right about half of
+the time, so drafts are accepted and rejected at every length.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from tests.serving import tiny
+from tests.serving.engines import engine, spec_counters
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.outputs import RequestOutput
+
+K = 4
+
+
+class Answer(NamedTuple):
+    tokens: list[int]
+    text: str
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class Models(NamedTuple):
+    target: str
+    head: str
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    return Models(str(tiny.write_target(folder / "target")), f"griffin:{tiny.write_head(folder / 'head')}")
+
+
+Ask = Callable[["LLM"], Any]
+Compare = Callable[..., Any]
+
+
+@pytest.fixture
+def compare(models: Models) -> Compare:
+    """Ask a plain engine and a speculating one the same; they must agree, and the second must speculate."""
+
+    def compare(ask: Ask, k: int = K, only_speculating: dict[str, Any] | None = None, **both: Any) -> Any:
+        with engine(model=models.target, **both) as llm:
+            expected = ask(llm)
+        speculating = {"spec_model": models.head, "spec_tokens": k, **both, **(only_speculating or {})}
+        with engine(model=models.target, **speculating) as llm:
+            found = ask(llm)
+            counters = spec_counters(llm)
+        assert found == expected
+        assert 0 < counters["num_accepted_tokens"] < counters["num_draft_tokens"]
+        return expected
+
+    return compare
+
+
+def sampling(**arguments: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**({"temperature": 0, "max_tokens": 48, "ignore_eos": True} | arguments))
+
+
+def prompts(number: int, length: int = 20) -> list[str]:
+    """Random texts whose lengths lie around ``length``."""
+    source = random.Random(length)
+    return [
+        "".join(source.choices(tiny.CHARACTERS[1:], k=source.randint(length // 2, 3 * length // 2)))
+        for _ in range(number)
+    ]
+
+
+def answers(outputs: list[RequestOutput]) -> list[Answer]:
+    return [
+        Answer(list(one.token_ids), one.text, one.finish_reason, one.stop_reason)
+        for output in outputs
+        for one in output.outputs
+    ]
+
+
+def generate(llm: LLM, texts: list[str], parameters: Any) -> list[Answer]:
+    return answers(llm.generate(texts, parameters, use_tqdm=False))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_sixteen_at_once_and_one_at_a_time(compare: Compare, k: int) -> None:
+    texts = prompts(16)
+
+    def ask(llm: LLM) -> list[list[Answer]]:
+        together = generate(llm, texts, sampling())
+        alone = [generate(llm, [text], sampling())[0] for text in texts[:1]]
+        assert together[:1] == alone
+        return [together]
+
+    compare(ask, k=k, max_num_seqs=16)
+
+
+def test_prefix_caching_off(compare: Compare) -> None:
+    texts = prompts(4, length=120)
+    compare(
+        lambda llm: generate(llm, texts, sampling()) + generate(llm, texts, sampling()),
+        enable_prefix_caching=False,
+    )
+
+
+def test_prefix_cache_hit(compare: Compare) -> None:
+    start = "".join(prompts(5, length=24))
+    texts = [start + text for text in prompts(4)]
+
+    def ask(llm: LLM) -> list[Answer]:
+        generate(llm, [start], sampling(max_tokens=1))
+        outputs = llm.generate(texts, sampling(), use_tqdm=False)
+        assert all(output.num_cached_tokens >= 32 for output in outputs)
+        return answers(outputs)
+
+    compare(ask, enable_prefix_caching=True, block_size=32)
+
+
+def test_prompt_longer_than_a_chunk(compare: Compare) -> None:
+    texts = [text[:190] for text in prompts(4, length=200)]
+    compare(
+        lambda llm: generate(llm, texts, sampling()),
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+    )
+
+
+def test_preempted_requests(compare: Compare) -> None:
+    texts = prompts(8, length=40)
+
+    def ask(llm: LLM) -> list[Answer]:
+        found = generate(llm, texts, sampling(max_tokens=150))
+        preemptions = next(
+            metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
+        )
+        assert preemptions > 0
+        return found
+
+    # 12 pages of 32 tokens in 3 layers, of which 8 requests of about 190 tokens want 48
+    page = 32 * 2 * tiny.HIDDEN_SIZE * 4
+    compare(ask, block_size=32, kv_cache_memory_bytes=3 * 14 * page, enable_prefix_caching=False)
+
+
+def test_requests_that_end_inside_a_draft(compare: Compare, models: Models) -> None:
+    texts = prompts(6)
+    with engine(model=models.target) as llm:
+        whole = generate(llm, texts, sampling())
+
+    def ask(llm: LLM) -> list[Answer]:
+        found = []
+        for length in range(1, 2 * K):
+            found += generate(llm, texts, sampling(max_tokens=length))
+        for at in range(10, 10 + 2 * K):
+            stops = [sampling(stop=answer.text[at : at + 2]) for answer in whole]
+            found += generate(llm, texts, stops)
+            stops = [sampling(stop_token_ids=[answer.tokens[at]]) for answer in whole]
+            found += generate(llm, texts, stops)
+        return found + generate(llm, texts, sampling(ignore_eos=False, max_tokens=200))
+
+    found = compare(ask)
+    assert {answer.finish_reason for answer in found} == {"stop", "length"}
+    assert any(answer.stop_reason is None and answer.finish_reason == "stop" for answer in found), "no EOS"
+
+
+def test_several_answers_to_one_prompt(compare: Compare) -> None:
+    # Greedy requests may not ask for several; the most likely token of one at a temperature is the same.
+    parameters = sampling(n=3, temperature=1.0, top_k=1)
+    found = compare(lambda llm: generate(llm, prompts(3), parameters))
+    assert len(found) == 9
+
+
+def test_logprobs(compare: Compare) -> None:
+    def ask(llm: LLM) -> list[Any]:
+        outputs = llm.generate(prompts(4), sampling(logprobs=3, prompt_logprobs=2), use_tqdm=False)
+        positions = [
+            position
+            for output in outputs
+            for position in [*output.outputs[0].logprobs, *output.prompt_logprobs[1:]]
+        ]
+        return [
+            {token: (round(entry.logprob, 3), entry.rank) for token, entry in position.items()}
+            for position in positions
+        ]
+
+    compare(ask)
+
+
+def test_structured_output(compare: Compare) -> None:
+    import json
+
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "old": {"type": "boolean"}},
+        "required": ["name", "old"],
+        "additionalProperties": False,
+    }
+    parameters = sampling(structured_outputs=StructuredOutputsParams(json=schema), ignore_eos=False)
+    found = compare(lambda llm: generate(llm, prompts(4), parameters))
+    assert all(set(json.loads(answer.text)) == {"name", "old"} for answer in found)
+
+
+def test_sequences_that_reach_max_model_len(compare: Compare) -> None:
+    texts = [text[:60] for text in prompts(4, length=50)]
+    found = compare(lambda llm: generate(llm, texts, sampling(max_tokens=500)), max_model_len=96)
+    assert {answer.finish_reason for answer in found} == {"length"}
+
+
+def test_requests_that_join_and_leave_mid_flight(compare: Compare) -> None:
+    texts = prompts(6)
+
+    def ask(llm: LLM) -> dict[str, Answer]:
+        running = llm.llm_engine
+        finished: dict[str, Answer] = {}
+        step = 0
+        while len(finished) < len(texts) - 1:
+            if step % 3 == 0 and step // 3 < len(texts):
+                running.add_request(str(step // 3), texts[step // 3], sampling())
+            if step == 7:
+                running.abort_request(["1"])
+            for output in running.step():
+                if output.finished:
+                    finished[output.request_id.split("-")[0]] = answers([output])[0]
+            step += 1
+        alone = generate(llm, texts, sampling())
+        assert finished == {str(i): answer for i, answer in enumerate(alone) if i != 1}
+        return finished
+
+    compare(ask)
+
+
+def test_tensor_parallel(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    compare(lambda llm: generate(llm, prompts(4), sampling()), only_speculating={"tensor_parallel_size": 2})
+
+
+def test_compiled_models(compare: Compare) -> None:
+    texts = prompts(4)
+    compare(lambda llm: generate(llm, texts, sampling()), only_speculating={"enforce_eager": False})
