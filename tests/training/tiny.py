@@ -1,0 +1,60 @@
+"""A tiny random target that answers prompts itself, as data to train on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from griffin_vllm.training.data import prepare
+from tests.training.chat_targets import write_target as write_tokenizer
+
+HIDDEN = 64
+
+
+def write_target(folder: Path) -> Path:
+    """A two-layer llama with a chat template; its answers depend on what it has just said."""
+    write_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, target: Path, conversations: int = 12, answer_tokens: int = 40) -> Path:
+    """A token dataset of the target's own greedy answers."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    model = LlamaForCausalLM.from_pretrained(target)
+    records: list[dict[str, Any]] = []
+    for number in range(conversations):
+        question = f"What is {number} and {number * 7}?"
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        output = model.generate(prompt, max_new_tokens=answer_tokens, do_sample=False, eos_token_id=None)
+        answer = output[0, prompt.shape[1] :].tolist()
+        turn = {
+            "from": "gpt",
+            "value": tokenizer.decode(answer),
+            "token_ids": answer,
+            "finish_reason": "length",
+        }
+        records.append({"id": f"talk{number}", "conversations": [{"from": "human", "value": question}, turn]})
+    source = folder.with_suffix(".jsonl")
+    source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    prepare(str(target), [str(source)], folder, validation_share=0.3)
+    return folder
