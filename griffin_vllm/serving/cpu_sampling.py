@@ -48,7 +48,7 @@ def expand(
     cu_num_tokens: torch.Tensor,
     replace_from: int,
     replace_to: int,
-    MAX_NUM_TOKENS: int | None = None,  # noqa: N803 - the Triton kernel's name
+    MAX_NUM_TOKENS: int | None = None,
 ) -> None:
     """Write each request's value, or ``replace_to`` for ``replace_from``, once per token into ``output``.
 

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
+from griffin_vllm.checkpoint import PREFIX
 from griffin_vllm.config import ARCHITECTURE, METHOD
 from griffin_vllm.errors import GriffinError
 
 if TYPE_CHECKING:
-    from vllm.config import SpeculativeConfig, VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 # Later versions are probed like these and served if everything still fits, with a warning.
@@ -175,6 +176,26 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     engine_args.create_speculative_config = create_speculative_config
 
 
+def _ask_for_a_target(arg_utils: ModuleType) -> None:
+    engine_args = arg_utils.EngineArgs
+    original = engine_args.create_model_config
+    if hasattr(original, "griffin"):
+        return
+
+    @functools.wraps(original)
+    def create_model_config(self: EngineArgs) -> ModelConfig:
+        speculation = self.speculative_config
+        if self.model is None and isinstance(speculation, dict) and speculation.get("method") == METHOD:
+            raise GriffinError(
+                f"{speculation['model']}: names no target, so it cannot be served alone; "
+                f"serve the target with --speculative-model {PREFIX}{speculation['model']}"
+            )
+        return original(self)
+
+    create_model_config.griffin = True  # type: ignore[attr-defined]
+    engine_args.create_model_config = create_model_config
+
+
 def _offer_flags(arg_utils: ModuleType) -> None:
     engine_args = arg_utils.EngineArgs
     original = engine_args.add_cli_args
@@ -245,6 +266,12 @@ TOUCH_POINTS = (
         "EngineArgs.create_speculative_config",
         "all ways of asking for a speculator meet here, before vLLM checks the method's name",
         _accept_griffin,
+    ),
+    TouchPoint(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_model_config",
+        "a head that is served alone must name its target",
+        _ask_for_a_target,
     ),
     TouchPoint(
         "vllm.engine.arg_utils",

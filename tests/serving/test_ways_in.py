@@ -1,0 +1,252 @@
+"""All ways of asking for a GRIFFIN head mean the same; what is not GRIFFIN stays as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from griffin_vllm.config import ARCHITECTURE
+from griffin_vllm.convert import convert
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving import hooks
+from tests.serving import tiny
+
+K = 2
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_target(tmp_path_factory.mktemp("models") / "target")
+
+
+@pytest.fixture(scope="module")
+def head(target: Path) -> Path:
+    return tiny.write_head(target.parent / "head", target=target)
+
+
+def configured(**arguments: Any) -> dict[str, Any]:
+    """What vLLM would run, as far as speculation goes."""
+    config = EngineArgs(max_model_len=256, **arguments).create_engine_config()
+    speculative = config.speculative_config
+    assert speculative is not None
+    return {
+        "target": config.model_config.model,
+        "method": speculative.method,
+        "head": speculative.model,
+        "architectures": speculative.draft_model_config.architectures,
+        "k": speculative.num_speculative_tokens,
+        "draft_sample_method": speculative.draft_sample_method,
+    }
+
+
+@pytest.fixture
+def expected(target: Path, head: Path) -> dict[str, Any]:
+    return {
+        "target": str(target),
+        "method": "eagle",
+        "head": str(head),
+        "architectures": [ARCHITECTURE],
+        "k": K,
+        "draft_sample_method": "greedy",
+    }
+
+
+def parse(*arguments: str) -> dict[str, Any]:
+    from dataclasses import fields
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = AsyncEngineArgs.from_cli_args(parser.parse_args([*arguments, "--max-model-len", "256"]))
+    names = ("model", "speculative_config", "spec_method", "spec_model", "spec_tokens")
+    return {field.name: getattr(args, field.name) for field in fields(args) if field.name in names}
+
+
+def test_python_keywords(target: Path, head: Path, expected: dict[str, Any]) -> None:
+    assert configured(model=str(target), spec_model=f"griffin:{head}", spec_tokens=K) == expected
+    for model in (str(head), f"griffin:{head}"):
+        speculation = {"method": "griffin", "model": model, "num_speculative_tokens": K}
+        assert configured(model=str(target), speculative_config=speculation) == expected
+    speculation = {"model": f"griffin:{head}", "num-speculative-tokens": K}
+    assert configured(model=str(target), speculative_config=speculation) == expected
+    assert (
+        configured(model=str(target), spec_method="griffin", spec_model=str(head), spec_tokens=K) == expected
+    )
+
+
+def test_command_line_flags(target: Path, head: Path, expected: dict[str, Any]) -> None:
+    model = ("--model", str(target))
+    for flags in (
+        ("--speculative-model", f"griffin:{head}", "--num-speculative-tokens", str(K)),
+        ("--spec-model", f"griffin:{head}", "--spec-tokens", str(K)),
+        (
+            "--speculative-config",
+            json.dumps({"method": "griffin", "model": str(head), "num_speculative_tokens": K}),
+        ),
+        ("--speculative-config.model", f"griffin:{head}", "--spec-tokens", str(K)),
+    ):
+        assert configured(**parse(*model, *flags)) == expected
+
+
+def test_a_head_alone_brings_its_target(head: Path, expected: dict[str, Any]) -> None:
+    recommended = {"k": tiny.CONFIG.num_speculative_tokens}
+    assert configured(model=str(head)) == expected | recommended
+    assert configured(model=str(head), spec_tokens=K) == expected
+    assert configured(model=str(head), speculative_config={"num_speculative_tokens": K}) == expected
+
+
+def test_without_k_the_head_recommends_it(target: Path, head: Path) -> None:
+    found = configured(model=str(target), spec_model=f"griffin:{head}")
+    assert found["k"] == tiny.CONFIG.num_speculative_tokens
+
+
+def test_other_speculative_keys_are_passed_on(target: Path, head: Path, expected: dict[str, Any]) -> None:
+    speculation = {"draft_sample_method": "probabilistic", "parallel_drafting": False}
+    found = configured(
+        model=str(target), spec_model=f"griffin:{head}", spec_tokens=K, speculative_config=speculation
+    )
+    assert found == expected | {"draft_sample_method": "probabilistic"}
+
+
+def test_the_config_survives_the_way_to_the_workers(target: Path, head: Path) -> None:
+    config = EngineArgs(model=str(target), spec_model=f"griffin:{head}").create_engine_config()
+    again = pickle.loads(pickle.dumps(config))
+    draft = again.speculative_config.draft_model_config
+    assert draft.architectures == [ARCHITECTURE]
+    assert draft.hf_config.rope_parameters["rope_theta"] == tiny.CONFIG.rope_theta
+    assert draft.get_head_size() == tiny.CONFIG.head_dim
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_the_reference_layout_is_converted_once(
+    target: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    tensors = {
+        name: torch.randn(shape, dtype=torch.float16)
+        for name, shape in tiny.tensor_shapes(tiny.CONFIG).items()
+    }
+    source = tmp_path / "source"
+    tiny.write_reference_layout(source, tiny.CONFIG, tensors | {"embed_tokens.weight": torch.randn(96, 64)})
+    if suffix == ".safetensors":
+        (source / "pytorch_model.bin").unlink()
+        save_file(tensors, source / "model.safetensors")
+
+    first = configured(model=str(target), spec_model=f"griffin:{source}")
+    assert first == configured(model=str(target), spec_model=f"griffin:{source}")
+    assert Path(first["head"]).parent == tmp_path / "cache/griffin"
+    stored = load_file(Path(first["head"]) / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+    named = convert(source, tmp_path / "converted", target=str(target))
+    assert "embed_tokens.weight" not in load_file(named.weights)
+    assert configured(model=str(named.folder))["target"] == str(target)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
+        {"spec_method": "ngram", "spec_tokens": 3},
+    ],
+)
+def test_what_is_not_griffin_is_as_without_the_plugin(target: Path, arguments: dict[str, Any]) -> None:
+    unhooked = EngineArgs.create_speculative_config.__wrapped__
+
+    def speculative_config() -> Any:
+        return EngineArgs(model=str(target), **arguments).create_engine_config().speculative_config
+
+    hooked = speculative_config()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineArgs, "create_speculative_config", unhooked)
+        assert repr(speculative_config()) == repr(hooked)
+
+
+def test_a_model_without_the_prefix_goes_to_vllm() -> None:
+    assert parse("--speculative-model", "org/draft")["spec_model"] == "org/draft"
+
+
+def test_help_shows_the_flags() -> None:
+    help_text = subprocess.run(
+        ["vllm", "serve", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env=_environment(),
+    ).stdout
+    assert "--speculative-model" in help_text
+    assert "--num-speculative-tokens" in help_text
+
+
+def test_vllm_plugins_can_leave_it_out(target: Path, head: Path) -> None:
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        f"EngineArgs(model={str(target)!r}, spec_model='griffin:{head}', spec_tokens=2).create_engine_config()"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=_environment(VLLM_PLUGINS=""),
+    )
+    assert run.returncode != 0
+    assert "griffin_vllm" not in run.stderr
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = (
+        EngineArgs.create_speculative_config,
+        EngineArgs.add_cli_args,
+        list(sys.meta_path),
+    )
+    hooks.register()
+    assert before == (EngineArgs.create_speculative_config, EngineArgs.add_cli_args, list(sys.meta_path))
+
+
+def test_registering_imports_no_worker_code() -> None:
+    code = (
+        "import sys, vllm.engine.arg_utils; from griffin_vllm.serving.hooks import register;"
+        "before = set(sys.modules); register();"
+        "slow = ('vllm.v1.', 'vllm.model_executor.models.llama', 'griffin_vllm.serving.model');"
+        "slow = [name for name in set(sys.modules) - before if name.startswith(slow)]; assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=_environment())
+
+
+def test_a_vllm_that_does_not_fit_is_refused_only_when_griffin_is_asked_for(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touch(_: Any) -> None:
+        raise hooks.DoesNotFitError("has no parameter vllm_config")
+
+    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(
+        hooks, "TOUCH_POINTS", (hooks.TouchPoint("vllm.config", "Thing.new", "a test", touch),)
+    )
+    hooks.register()
+    EngineArgs(model=str(target)).create_engine_config()
+    with pytest.raises(
+        GriffinError, match=r"does not fit vLLM .*: vllm\.config\.Thing\.new \(has no parameter"
+    ):
+        configured(model=str(target), spec_model=f"griffin:{head}")
+
+
+def _environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "VLLM_LOGGING_LEVEL": "ERROR", **more}
