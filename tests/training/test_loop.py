@@ -1,0 +1,251 @@
+"""Whole training runs on a tiny random target: they learn, they survive, they refuse bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from griffin_vllm.checkpoint import open_head
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.checkpoints import latest_checkpoint
+from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.loop import Trainer, learning_rate, plan_steps
+from tests.training.tiny import write_data, write_target
+
+BASE = {
+    "stages": [{"draft_steps": 1, "epochs": 2, "k_weight": 0.0}, {"draft_steps": 2, "epochs": 2}],
+    "batch_tokens": 256,
+    "learning_rate": 1e-3,
+    "soft_target_tokens": 16,
+    "precision": "fp32",
+    "validation_samples": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "tokens", target)
+
+
+def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    values = {**BASE, "target": str(target), "data": str(data), "output": str(output), **changes}
+    return TrainConfig.check(values, Path("settings.yaml"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def losses(output: Path) -> list[float]:
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("method", ["griffin", "hass"])
+def test_finished_run_leaves_a_head_that_can_be_served(
+    method: str, target: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = Trainer(settings(target, data, tmp_path / "run", method=method)).run()
+    card = (folder / "README.md").read_text()
+    assert f"{method.upper()} draft head" in card
+    assert "simulated acceptance length" in card
+    if method == "griffin":
+        assert open_head(folder).is_served_layout
+    else:
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        assert {"fc.weight", "layers.0.mlp.down_proj.weight"} <= weights(folder).keys()
+
+
+def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(target: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "few", target, conversations=6, answer_tokens=60)
+    for kind in ("tokens", "mask", "offsets", "loops"):
+        (data / f"validation.{kind}.npy").write_bytes((data / f"train.{kind}.npy").read_bytes())
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["splits"]["validation"] = manifest["splits"]["train"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    trainer = Trainer(
+        settings(
+            target,
+            data,
+            tmp_path / "run",
+            stages=[{"draft_steps": 5, "epochs": 120}],
+            alignment="off",
+            # What a greedy chain is judged by: the target's first choice alone.
+            soft_target_tokens=1,
+            learning_rate=3e-3,
+            p_weight=1.0,
+            v_weight=0.1,
+            noise=0.0,
+            validate_every=1000,
+        )
+    )
+    trainer.run()
+    assert trainer.validate().acceptance_length > 5
+
+
+def test_features_from_disk_train_like_the_target_in_the_loop(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    runs = {"loop": None, "disk": str(tmp_path / "features")}
+    for name, features in runs.items():
+        Trainer(settings(target, data, tmp_path / name, features=features)).run()
+    found, expected = (load_file(tmp_path / name / "head/model.safetensors") for name in ("disk", "loop"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].float(), tensor.float(), atol=2e-2, rtol=0, msg=name)
+
+
+def command(config: TrainConfig, path: Path, *launcher: str) -> list[str]:
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return [sys.executable, *(launcher or ("-m", "griffin_vllm.cli")), "train", str(path)]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path, after: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        path = latest_checkpoint(folder)
+        if path is not None and int(path.name.removeprefix("step-")) > after:
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"ended before step {after}: {process.communicate()[0]}")
+        time.sleep(0.01)
+    raise AssertionError("no checkpoint in time")
+
+
+def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupted_one(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = {"stages": [{"draft_steps": 2, "epochs": 40}], "checkpoint_minutes": 1e-6}
+    interrupted = settings(target, data, tmp_path / "interrupted", **changes)
+    arguments = command(interrupted, tmp_path / "run.yaml")
+    checkpoints = interrupted.output / "checkpoints"
+
+    process = start(arguments)
+    wait_for_checkpoint(process, checkpoints, after=3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "run the same command again to continue" in output
+
+    stopped = latest_checkpoint(checkpoints)
+    assert stopped is not None
+    process = start(arguments)
+    wait_for_checkpoint(process, checkpoints, after=int(stopped.name.removeprefix("step-")) + 3)
+    process.kill()
+    process.communicate()
+
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    whole = Trainer(settings(target, data, tmp_path / "whole", **changes))
+    expected = weights(whole.run())
+    found = weights(interrupted.output / "head")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"stages": [{"draft_steps": 2, "epochs": 8}], "noise": 0.0}
+    Trainer(settings(target, data, tmp_path / "one", **changes)).run()
+    arguments = command(
+        settings(target, data, tmp_path / "two", **changes),
+        tmp_path / "two.yaml",
+        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "griffin_vllm.cli"),
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(expected) >= 2
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_run_continues_from_an_existing_head(target: Path, data: Path, tmp_path: Path) -> None:
+    first = Trainer(settings(target, data, tmp_path / "first"))
+    head = first.run()
+    second = Trainer(settings(target, data, tmp_path / "second", init_from=str(head)))
+    for name, tensor in weights(head).items():
+        assert torch.equal(second.head.get_parameter(name), tensor.float())
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        target, data, tmp_path / "run", learning_rate=1e30, clip_norm=None, checkpoint_minutes=1e-6
+    )
+    with pytest.raises(
+        GriffinError, match=r"the loss is .* at step \d+; the last good checkpoint is .*step-"
+    ):
+        Trainer(config).run()
+    assert latest_checkpoint(config.output / "checkpoints") is not None
+
+
+def test_output_of_another_run_is_refused(target: Path, data: Path, tmp_path: Path) -> None:
+    Trainer(settings(target, data, tmp_path / "run"))
+    with pytest.raises(GriffinError, match="seed is 0, expected 1"):
+        Trainer(settings(target, data, tmp_path / "run", seed=1))
+
+
+def test_learning_rate_warms_up_and_anneals_to_zero() -> None:
+    config = settings(Path("t"), Path("d"), Path("o"), warmup=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(config.learning_rate / 10)
+    assert max(rates) == pytest.approx(config.learning_rate)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.01 * config.learning_rate
+
+
+def test_gradient_accumulation_splits_a_batch_of_the_same_size(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(settings(target, data, tmp_path / "run", gradient_accumulation=2))
+    step = plan_steps(trainer.train_data, trainer.config)[0]
+    assert len(step.micro_batches) == 2
+    assert sum(int(trainer.train_data.lengths[i]) for part in step.micro_batches for i in part) <= 256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("target: t\ndata: [\n", "run.yaml: line 3: is not valid YAML"),
+        ("- a\n", "run.yaml: top level is 'list', expected settings"),
+        ("targe: t\ndata: d\noutput: o\n", "unknown option 'targe'; did you mean target?"),
+        ("data: d\noutput: o\n", "run.yaml: target is"),
+        ("target: t\ndata: d\noutput: o\nseed: many\n", "run.yaml: seed is 'many'"),
+        ("target: t\ndata: d\noutput: o\nmethod: medusa\n", "run.yaml: method is 'medusa'"),
+        ("target: t\ndata: d\noutput: o\nstages: [{draft_steps: 0}]\n", r"stages.0.draft_steps is 0"),
+        ("target: t\ndata: d\noutput: o\nmethod: eagle\n", "stages is 'more than one draft step'"),
+        ("target: t\ndata: d\noutput: o\npreset: large\n", "preset: name is 'large', expected one of"),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_file_and_field(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(GriffinError, match=message):
+        TrainConfig.load(path)
+
+
+def test_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: small\ntarget: t\ndata: d\noutput: o\nseed: 3\n")
+    config = TrainConfig.load(path, ["--stages.0.epochs", "0.5", "--learning-rate=0.001"])
+    assert (config.seed, config.stages[0].epochs, config.learning_rate) == (3, 0.5, 0.001)
+    assert config.sampled_tokens == 4096
