@@ -227,5 +227,45 @@ def train(
     typer.echo(folder)
 
 
+@app.command("convert")
+def convert_head(
+    source: Annotated[Path, typer.Argument(help="Head folder as its authors publish it.", metavar="SRC")],
+    destination: Annotated[Path, typer.Argument(help="Where the converted head goes.", metavar="DST")],
+    target: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its target, so that `vllm serve DST` works.")
+    ] = None,
+) -> None:
+    """Write a published GRIFFIN head in the layout that vLLM reads by itself (safetensors, same dtype)."""
+    from griffin_vllm.convert import convert
+
+    head = convert(source, destination, target)
+    typer.echo(f"{head.folder}: written")
+
+
+@app.command("inspect")
+def inspect_head(
+    name: Annotated[str, typer.Argument(help="Bundled name, folder or Hub id.", metavar="HEAD")],
+    target: Annotated[str | None, typer.Option(help="Folder or Hub id of a target to fit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what a head is and, with --target, whether it fits (exit status 1 if it does not)."""
+    import json
+
+    from griffin_vllm.checkpoint import PREFIX, find_head, open_head
+    from griffin_vllm.describe import describe, misfit
+
+    head = open_head(find_head(name.removeprefix(PREFIX)))
+    facts = describe(head)
+    reason = misfit(head, target) if target else None
+    if target:
+        facts |= {"fits": reason is None, "misfit": reason}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        for key, value in facts.items():
+            typer.echo(f"{key:24} {value}")
+    raise typer.Exit(reason is not None)
+
+
 if __name__ == "__main__":
     app()

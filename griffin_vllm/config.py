@@ -18,6 +18,9 @@ from griffin_vllm.errors import GriffinError
 METHOD = "griffin"
 ARCHITECTURE = "GriffinForCausalLM"
 REFERENCE_MODEL_TYPES = ("llama", "qwen2")
+# Targets (Hugging Face model types) whose embeddings enter the first layer unscaled and whose logits are
+# a plain `lm_head` product: what a GRIFFIN head's e(x) and predict rely on.
+TARGET_FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
 # A config.json is a few kilobytes; reading more than this is never needed to describe a head.
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -104,6 +107,22 @@ class HeadConfig(BaseModel):
             "qkv_bias": self.qkv_bias,
             "tie_word_embeddings": False,
         }
+
+    def check_target(self, where: Path, family: str, hidden_size: int, vocab_size: int) -> None:
+        """Raise GriffinError unless this head (config at ``where``) fits a target of these sizes."""
+        if family not in TARGET_FAMILIES:
+            raise GriffinError.at(
+                "target",
+                "model_type",
+                family,
+                f"a text model of one of the families {', '.join(TARGET_FAMILIES)}",
+            )
+        for name, found, expected in (
+            ("hidden_size", self.hidden_size, hidden_size),
+            ("vocab_size", self.vocab_size, vocab_size),
+        ):
+            if found != expected:
+                raise GriffinError.at(where, name, found, f"{expected} (the target's)")
 
     @classmethod
     def _from_served(cls, raw: dict[str, Any], path: Path) -> HeadConfig:

@@ -28,16 +28,12 @@ from griffin_vllm.checkpoint import (
     load_tensors,
     open_head,
 )
-from griffin_vllm.config import METHOD, HeadConfig
+from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
-
-# Targets whose embeddings enter the first layer unscaled and whose logits are a plain `lm_head`
-# product: what a GRIFFIN head's e(x) and predict rely on.
-TARGET_FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
 
 # The rejection sampler's limit, MAX_SPEC_LEN in vllm/v1/sample/rejection_sampler.py; beyond it the
 # engine dies at the first request.
@@ -109,18 +105,6 @@ def resolve(
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
-
-
-def check_target(config: HeadConfig, where: Path, hidden_size: int, vocab_size: int) -> None:
-    """Raise GriffinError unless a head with ``config`` fits a target of these sizes."""
-    if config.hidden_size != hidden_size:
-        raise GriffinError.at(
-            where, "hidden_size", config.hidden_size, f"{hidden_size} (the target's hidden size)"
-        )
-    if config.vocab_size != vocab_size:
-        raise GriffinError.at(
-            where, "vocab_size", config.vocab_size, f"{vocab_size} (the target's vocabulary)"
-        )
 
 
 def _only_one(key: str, in_config: Any, flag: Any) -> Any:
@@ -197,17 +181,10 @@ def _with_revision(name: str, given: dict[str, Any]) -> str:
 
 def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> None:
     config, where = head.config, head.folder / CONFIG_FILE
-    family = target.hf_text_config.model_type
-    if target.is_multimodal_model or family not in TARGET_FAMILIES:
-        raise GriffinError.at(
-            target.model,
-            "model_type",
-            target.hf_config.model_type,
-            f"a text model of a family that GRIFFIN heads can be served with: {', '.join(TARGET_FAMILIES)}",
-        )
+    # A multimodal target's own model type is never one of the families, its text model's may be.
+    config.check_target(where, target.hf_config.model_type, target.get_hidden_size(), target.get_vocab_size())
     if target.runner_type != "generate":
         raise GriffinError.at(target.model, "runner", target.runner_type, "'generate'")
-    check_target(config, where, target.get_hidden_size(), target.get_vocab_size())
     if config.draft_vocab_size < config.vocab_size:
         raise GriffinError.at(
             where, "draft_vocab_size", config.draft_vocab_size, f"{config.vocab_size} (all of the vocabulary)"

@@ -1,0 +1,58 @@
+"""What a head is, for people and scripts: ``griffin inspect``."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from griffin_vllm.checkpoint import CONFIG_FILE, Head, tensor_shapes
+from griffin_vllm.config import read_json
+from griffin_vllm.errors import GriffinError
+
+
+def describe(head: Head) -> dict[str, Any]:
+    """Sizes, provenance and place of a head, ready for JSON."""
+    card = head.folder / "README.md"
+    return {
+        "folder": str(head.folder),
+        "layout": "served" if head.is_served_layout else "reference",
+        "weights": head.weights.name,
+        "parameters": sum(prod(shape) for shape in tensor_shapes(head.config).values()),
+        **head.config.model_dump(),
+        "model_card": str(card) if card.is_file() else None,
+    }
+
+
+def misfit(head: Head, target: str) -> str | None:
+    """Why ``head`` cannot serve ``target`` (folder or Hub id), or None when it can.
+
+    Raises:
+        GriffinError: there is no such target.
+    """
+    config = _target_config(target)
+    text = config.get("text_config", config)
+    try:
+        head.config.check_target(
+            head.folder / CONFIG_FILE, config["model_type"], text["hidden_size"], text["vocab_size"]
+        )
+    except KeyError as error:
+        raise GriffinError(f"{target}: its {CONFIG_FILE} has no {error}, so it is not a model") from error
+    except GriffinError as error:
+        return str(error)
+    return None
+
+
+def _target_config(target: str) -> dict[str, Any]:
+    if Path(target).is_dir():
+        return read_json(Path(target) / CONFIG_FILE)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_json(Path(hf_hub_download(target, CONFIG_FILE)))
+    except GriffinError:
+        raise
+    except Exception as error:  # offline, no such repository, no access: the client has one class for each
+        raise GriffinError(
+            f"{target}: is no folder and not on the Hub ({str(error).splitlines()[0]})"
+        ) from error
