@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
@@ -20,8 +19,13 @@ pytest.importorskip("vllm")
 
 from vllm.platforms import current_platform
 from vllm.utils import cpu_triton_utils
+from vllm.v1.sample import rejection_sampler
 
 from griffin_vllm.serving import cpu_sampling
+from tests.serving.engines import engine
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 if not current_platform.is_cpu():
     pytest.skip("needs vLLM's CPU backend", allow_module_level=True)
@@ -30,11 +34,9 @@ VOCAB = 8
 SAMPLES = 20_000
 # An honest sampler fails a comparison once in 10,000; a wrong one gives p-values that underflow.
 SIGNIFICANCE = 1e-4
-UNFILTERED: dict[str, Any] = {}
-FILTERED: dict[str, Any] = {"top_k": 5, "top_p": 0.9}
+FILTERS: dict[str, dict[str, Any]] = {"none": {}, "top_k and top_p": {"top_k": 5, "top_p": 0.9}}
 
 Tokens = tuple[int, ...]
-Draw = Callable[..., "Counter[Tokens]"]
 
 
 @pytest.fixture(scope="module")
@@ -132,45 +134,93 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(target: Path) -> Iterator[Draw]:
-    yield from _engine(target, seed=1)
+def without_speculation(target: Path) -> dict[str, Counter[Tokens]]:
+    with sampling_engine(target, seed=1) as llm:
+        return {name: draw(llm, filters) for name, filters in FILTERS.items()}
 
 
 @pytest.fixture(scope="module", params=["greedy", "probabilistic"])
-def speculating(request: pytest.FixtureRequest, target: Path, head: Path) -> Iterator[Draw]:
-    yield from _engine(target, seed=2, speculative_config=_speculation(head, request.param))
+def speculating(
+    request: pytest.FixtureRequest,
+    target: Path,
+    head: Path,
+    without_speculation: dict[str, Counter[Tokens]],  # its engine is gone before the next one starts
+) -> Iterator[LLM]:
+    with sampling_engine(target, head, draft_sample_method=request.param) as llm:
+        yield llm
 
 
-@pytest.fixture(scope="module")
-def unmended(target: Path, head: Path) -> Iterator[Draw]:
-    yield from _engine(target, seed=2, mended=False, speculative_config=_speculation(head, "greedy"))
-
-
-@pytest.fixture(scope="module")
-def without_speculation(plain: Draw) -> dict[str, Counter[Tokens]]:
-    return {"unfiltered": plain(UNFILTERED), "filtered": plain(FILTERED)}
-
-
-@pytest.mark.parametrize("name", ["unfiltered", "filtered"])
+@pytest.mark.parametrize("filters", FILTERS)
 def test_three_tokens_are_distributed_as_without_speculation(
-    speculating: Draw, without_speculation: dict[str, Counter[Tokens]], name: str
+    speculating: LLM, without_speculation: dict[str, Counter[Tokens]], filters: str
 ) -> None:
-    drawn = speculating(FILTERED if name == "filtered" else UNFILTERED)
-    assert p_value(without_speculation[name], drawn) > SIGNIFICANCE
+    drawn = draw(speculating, FILTERS[filters])
+    assert p_value(without_speculation[filters], drawn) > SIGNIFICANCE
 
 
 @pytest.mark.parametrize("speculating", ["greedy"], indirect=True)
 def test_the_same_comparison_catches_a_sampler_that_accepts_every_draft(
-    speculating: Draw, without_speculation: dict[str, Counter[Tokens]]
+    speculating: LLM, without_speculation: dict[str, Counter[Tokens]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn = speculating(UNFILTERED, accept_all=True)
-    assert p_value(without_speculation["unfiltered"], drawn) < SIGNIFICANCE
+    def zeros(num_tokens: int, *_: Any) -> torch.Tensor:
+        return torch.zeros(num_tokens, dtype=torch.float64)
+
+    monkeypatch.setattr(rejection_sampler, "generate_uniform_probs", zeros)
+    assert p_value(without_speculation["none"], draw(speculating, FILTERS["none"])) < SIGNIFICANCE
 
 
 def test_the_same_comparison_fails_without_the_mend(
-    unmended: Draw, without_speculation: dict[str, Counter[Tokens]]
+    target: Path,
+    head: Path,
+    without_speculation: dict[str, Counter[Tokens]],
+    monkeypatch: pytest.MonkeyPatch,
+    vllm_kernel: Callable[..., Any],
 ) -> None:
-    assert p_value(without_speculation["unfiltered"], unmended(UNFILTERED)) < SIGNIFICANCE
+    monkeypatch.setattr(cpu_triton_utils, "_expand_kernel_impl", vllm_kernel)
+    if hasattr(cpu_triton_utils, "expand_kernel"):
+        monkeypatch.setattr(cpu_triton_utils.expand_kernel, "func", vllm_kernel)
+    with sampling_engine(target, head) as llm:
+        assert p_value(without_speculation["none"], draw(llm, FILTERS["none"])) < SIGNIFICANCE
+
+
+@contextmanager
+def sampling_engine(
+    target: Path, head: Path | None = None, seed: int = 2, **speculation: Any
+) -> Iterator[LLM]:
+    """An engine that is quick with thousands of short requests."""
+    arguments: dict[str, Any] = {}
+    if head is not None:
+        arguments["speculative_config"] = {
+            "method": "griffin",
+            "model": str(head),
+            "num_speculative_tokens": 2,
+            **speculation,
+        }
+    threads = torch.get_num_threads()
+    with engine(
+        model=str(target),
+        skip_tokenizer_init=True,
+        seed=seed,
+        max_model_len=32,
+        max_num_seqs=1024,
+        max_num_batched_tokens=16384,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 29,
+        disable_log_stats=True,
+        **arguments,
+    ) as llm:
+        torch.set_num_threads(1)  # more would only wait for each other on a model this small
+        yield llm
+    torch.set_num_threads(threads)
+
+
+def draw(llm: LLM, filters: dict[str, Any]) -> Counter[Tokens]:
+    """How often each beginning of three tokens comes out, for one prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True, detokenize=False, **filters)
+    answers = llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}] * SAMPLES, params, use_tqdm=False)
+    return Counter(tuple(answer.outputs[0].token_ids) for answer in answers)
 
 
 def p_value(a: Counter[Tokens], b: Counter[Tokens]) -> float:
@@ -186,66 +236,3 @@ def p_value(a: Counter[Tokens], b: Counter[Tokens]) -> float:
     if table[0][-1] + table[1][-1] == 0:
         table = [row[:-1] for row in table]
     return float(chi2_contingency(table).pvalue)
-
-
-def _speculation(head: Path, draft_sample_method: str) -> dict[str, Any]:
-    return {
-        "method": "griffin",
-        "model": str(head),
-        "num_speculative_tokens": 2,
-        "draft_sample_method": draft_sample_method,
-    }
-
-
-# An engine lives in a process of its own, and within it in one process (vLLM's switch for that), so that a
-# test can put a wrong sampler in its place.
-_llm: Any = None
-
-
-def _engine(target: Path, **options: Any) -> Iterator[Draw]:
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=_start, initargs=(str(target), options)) as process:
-        yield lambda *args, **kwargs: process.submit(_draw, *args, **kwargs).result(timeout=240)
-
-
-def _start(target: str, options: dict[str, Any]) -> None:
-    import os
-
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # One thread: more only wait for each other on a model this small.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-    if not options.pop("mended", True):
-        cpu_sampling.mend = lambda: None
-    from vllm import LLM
-
-    global _llm
-    _llm = LLM(
-        model=target,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        dtype="float32",
-        max_model_len=32,
-        max_num_seqs=1024,
-        max_num_batched_tokens=16384,
-        enable_prefix_caching=False,
-        **options,
-    )
-
-
-def _draw(sampling: dict[str, Any], accept_all: bool = False) -> Counter[Tokens]:
-    from vllm import SamplingParams
-    from vllm.v1.sample import rejection_sampler
-
-    def zeros(num_tokens: int, *_: Any) -> torch.Tensor:
-        return torch.zeros(num_tokens, dtype=torch.float64)
-
-    uniform = zeros if accept_all else rejection_sampler.generate_uniform_probs
-    params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True, detokenize=False, **sampling)
-    with mock.patch.object(rejection_sampler, "generate_uniform_probs", uniform):
-        answers = _llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}] * SAMPLES, params, use_tqdm=False)
-    return Counter(tuple(answer.outputs[0].token_ids) for answer in answers)
