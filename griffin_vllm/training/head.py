@@ -147,10 +147,11 @@ class DraftHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, embedding_rms: float, feature_rms: float) -> None:
-        """Start close to passing the feature through, with a token half that is heard from the first step.
+        """Start from a small, faithful copy of the feature, with a token half that is heard at once.
 
-        Embeddings and final features of one target can differ in scale by more than ten (SmolLM2: 0.136
-        against 1.83), so the token half of ``fc`` starts that much larger.
+        A residual that starts large and random has to be unlearnt first: on SmolLM2 this start has after 100
+        steps the loss that a plain one has after 1000. Embeddings and final features of one target can
+        differ in scale by more than ten (SmolLM2: 0.136 against 1.83); the token half makes up for it.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -159,9 +160,10 @@ class DraftHead(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
         mixing = self.get_parameter("fc.fc.weight" if isinstance(self, GriffinHead) else "fc.weight")
         token, feature = mixing.chunk(2, dim=1)
-        std = mixing.shape[1] ** -0.5
-        nn.init.normal_(token, std=std * feature_rms / embedding_rms)
-        nn.init.normal_(feature, std=std)
+        unit = mixing.shape[1] ** -0.5
+        nn.init.normal_(token, std=0.25 * unit * feature_rms / embedding_rms)
+        nn.init.normal_(feature, std=0.1 * unit)
+        feature.diagonal().add_(0.3)
 
 
 class GriffinHead(DraftHead):
