@@ -67,6 +67,8 @@ History = Mapping[str, Sequence[Sequence[int]]]
 def start(run: Run, **arguments: Any) -> Iterator[LLM]:
     """An engine with ``arguments`` (vLLM's ``EngineArgs``) and the run's speculator; gone afterwards."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # lets call_worker send a function to the engine, which is a child process of this one
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -221,6 +223,32 @@ def counters(llm: LLM) -> dict[str, int]:
 
 
 def call_worker(llm: LLM, function: Callable[[Any], Any]) -> Any:
-    """Run ``function(worker)`` where the model is; the engine's process is a child of this one."""
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    """Run ``function(worker)`` where the model is."""
     return llm.collective_rpc(function)[0]
+
+
+def time_the_model(worker: Any) -> None:
+    """In the worker: from now on take the time of every forward pass and every logits product."""
+    runner = worker.model_runner
+    runner.seconds_in_model = ([], [])
+
+    def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    runner._model_forward = timed(runner._model_forward, runner.seconds_in_model[0])
+    runner.model.compute_logits = timed(runner.model.compute_logits, runner.seconds_in_model[1])
+
+
+def model_seconds(worker: Any) -> tuple[list[float], list[float]]:
+    """In the worker: seconds of each forward pass and each logits product since last asked."""
+    taken = worker.model_runner.seconds_in_model
+    copies = list(taken[0]), list(taken[1])
+    for seconds in taken:
+        seconds.clear()
+    return copies

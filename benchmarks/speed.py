@@ -1,0 +1,296 @@
+"""Wall-clock speed of speculators side by side, against plain decoding of the same conversations.
+
+    python benchmarks/speed.py --target T --methods none,griffin:HEAD --prompts FILE --json OUT.json
+
+Every repeat starts each engine anew, in an order that rotates, so that a slow spell of the machine meets all
+methods. Warm-up requests are not measured. Units: ``time_per_output_token_ms`` and ``decode_tokens_per_second``
+cover a request's decoding phase (first token to last), pooled; ``time_to_first_token_ms`` is the median;
+``tokens_per_second`` is the throughput, prefills included.
+
+``speedup`` is the ratio of decoding speeds to the first ``none``. ``speedup_ci`` is its 95 % interval from a
+paired bootstrap over conversations: all turns of one are drawn together, and the same ones for both methods.
+Repeats are too few to be drawn from, so each draw is multiplied by a factor with the spread that the ratio
+had between repeats (Student's t of repeats - 1 degrees of freedom, on the logarithm). With one repeat that
+spread is unknown and left out. A second ``none`` among the methods shows what the machine's noise alone does.
+
+``host_overhead_share`` of a plain step is the part in which no model runs (scheduling, input preparation,
+sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
+
+With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client asks the first turns
+(``vllm bench serve``); its numbers come without an interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import engines, records, served
+from benchmarks.engines import Answer
+from benchmarks.methods import Method, Run, runs
+from benchmarks.prompts import Conversation, PromptSet
+from griffin_vllm.config import read_json
+from griffin_vllm.errors import GriffinError
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+DRAWS = 4000
+WARM_UP_TOKENS = 16
+OVERHEAD_CONVERSATIONS = 3
+COLUMNS = (
+    "dataset",
+    "method",
+    "head",
+    "num_speculative_tokens",
+    "temperature",
+    "concurrency",
+    "num_prompts",
+    "acceptance_length",
+    "tokens_per_second",
+    "time_per_output_token_ms",
+    "time_to_first_token_ms",
+    "speedup",
+    "speedup_ci",
+)
+
+
+class Cell(NamedTuple):
+    """What is measured once a repeat: one engine on one data set under one load."""
+
+    engine: int
+    dataset: str
+    temperature: float
+    concurrency: int
+
+
+@dataclass
+class Sample:
+    """One repeat of a cell; the arrays (conversations,) hold the decoding phases, turns added up."""
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+    first_token_seconds: list[float]
+    passes: int
+    output_tokens: int
+    wall_seconds: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], wall_seconds: float) -> Sample:
+        number = {name: i for i, name in enumerate(dict.fromkeys(one.conversation for one in answers))}
+        tokens, seconds = np.zeros(len(number)), np.zeros(len(number))
+        for one in answers:
+            tokens[number[one.conversation]] += one.decode_tokens
+            seconds[number[one.conversation]] += one.decode_seconds
+        return cls(
+            tokens,
+            seconds,
+            [one.times[0] for one in answers],
+            sum(len(one.passes) for one in answers),
+            sum(len(one.tokens) for one in answers),
+            wall_seconds,
+        )
+
+
+def speedup(
+    samples: Sequence[Sample], plain: Sequence[Sample], draws: int = DRAWS
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of pooled decoding speeds and its 95 % interval; both arguments list the same repeats."""
+    sides = [[[one.tokens for one in side], [one.seconds for one in side]] for side in (samples, plain)]
+    # (method or plain, tokens or seconds, repeats, conversations)
+    data = np.array(sides)
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return (sums[0, 0] / sums[0, 1]) / (sums[1, 0] / sums[1, 1])
+
+    repeats, conversations = data.shape[2:]
+    random = np.random.default_rng(0)
+    times_drawn = random.multinomial(conversations, np.full(conversations, 1 / conversations), draws)
+    drawn = ratio(data.sum(axis=2) @ times_drawn.T)
+    if repeats > 1:
+        spread = np.log(ratio(data.sum(axis=3))).std(ddof=1) / np.sqrt(repeats)
+        drawn *= np.exp(spread * random.standard_t(repeats - 1, draws))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(ratio(data.sum(axis=(2, 3)))), (float(low), float(high))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = records.parser(__doc__, concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096)
+    parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
+    parser.add_argument(
+        "--best-k-from",
+        type=Path,
+        metavar="TUNING.json",
+        help="a record of this script on other prompts: also run each method at the K that was fastest there",
+    )
+    parser.add_argument("--served", action="store_true", help="measure with `vllm bench serve`")
+    args = parser.parse_args(argv)
+    methods, sets = records.load_inputs(args)
+    record = records.Record("speed", args, sets)
+    record.settings["repeats"] = args.repeats
+    best = best_ks(args.best_k_from) if args.best_k_from else {}
+    planned = _plan(methods, args.num_speculative_tokens, best)
+    arguments = records.engine_arguments(args)
+    if args.served:
+        record.settings["client"] = "vllm bench serve"
+        for run in planned:
+            with record.attempt(run), served.server(run, arguments) as url:
+                record.results += _measure_served(url, run, sets, args)
+        _add_served_speedups(record.results)
+        return record.finish(COLUMNS)
+
+    samples: dict[Cell, dict[int, Sample]] = {}
+    overhead: list[float] = []
+    for repeat in range(args.repeats):
+        for place in range(len(planned)):
+            engine = (place + repeat) % len(planned)
+            run = planned[engine]
+            with record.attempt(run), engines.start(run, **arguments) as llm:
+                record.note_engine(run, engines.resolved_settings(llm))
+                for prompts in sets:
+                    conversations = engines.fitting(
+                        llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
+                    )
+                    for temperature, concurrency, sample in _measure(llm, conversations, args):
+                        cell = Cell(engine, prompts.name, temperature, concurrency)
+                        samples.setdefault(cell, {})[repeat] = sample
+                if run.method.name == "none" and not overhead and _on_cpu():
+                    overhead.append(host_overhead_share(llm, conversations, args.max_tokens))
+                record.results = _rows(planned, best, samples, overhead)
+    return record.finish(COLUMNS)
+
+
+def best_ks(tuning: Path) -> dict[Method, int]:
+    """Each method's fastest number of draft tokens in a tuning record, over data sets and loads."""
+    speedups: dict[Method, dict[int, list[float]]] = {}
+    for row in read_json(tuning)["results"]:
+        if row["method"] != "none" and "speedup" in row:
+            by_k = speedups.setdefault(Method(row["method"], row["head"]), {})
+            by_k.setdefault(row["num_speculative_tokens"], []).append(row["speedup"])
+    if not speedups:
+        raise GriffinError(f"{tuning}: has no speedups to choose the best K by")
+    return {method: max(by_k, key=lambda k: geometric_mean(by_k[k])) for method, by_k in speedups.items()}
+
+
+def _plan(methods: Sequence[Method], ks: Sequence[int], best: dict[Method, int]) -> list[Run]:
+    planned = []
+    for method in methods:
+        extra = [best[named(method)]] if named(method) in best else []
+        planned += runs([method], sorted({*ks, *extra}))
+    return planned
+
+
+def named(method: Method) -> Method:
+    """The method as records call it."""
+    return Method(method.name, records.shown(method.head) if method.head else None)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _measure(
+    llm: LLM, conversations: Sequence[Conversation], args: argparse.Namespace
+) -> Iterator[tuple[float, int, Sample]]:
+    for temperature in args.temperature:
+        for concurrency in args.concurrency:
+            options: dict[str, Any] = {"temperature": temperature, "concurrency": concurrency}
+            engines.answer(llm, conversations[:concurrency], max_tokens=WARM_UP_TOKENS, **options)
+            start = time.perf_counter()
+            answers = engines.answer(llm, conversations, max_tokens=args.max_tokens, **options)
+            yield temperature, concurrency, Sample.of(answers, time.perf_counter() - start)
+
+
+def host_overhead_share(llm: LLM, conversations: Sequence[Conversation], max_tokens: int) -> float:
+    """Share of plain decoding steps, one request at a time, that is not spent in the model."""
+    engines.call_worker(llm, engines.time_the_model)
+    in_model, in_all = 0.0, 0.0
+    for conversation in conversations[:OVERHEAD_CONVERSATIONS]:
+        first_turn = Conversation(conversation.id, conversation.turns[:1])
+        engines.call_worker(llm, engines.model_seconds)
+        [answer] = engines.answer(llm, [first_turn], max_tokens=max_tokens)
+        # call 0 is the prefill
+        calls = engines.call_worker(llm, engines.model_seconds)
+        in_model += sum(sum(kind[1 : len(answer.tokens)]) for kind in calls)
+        in_all += answer.decode_seconds
+    return 1 - in_model / in_all
+
+
+def _rows(
+    planned: Sequence[Run],
+    best: dict[Method, int],
+    samples: dict[Cell, dict[int, Sample]],
+    overhead: Sequence[float],
+) -> list[dict[str, Any]]:
+    baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), None)
+    rows = []
+    for cell, by_repeat in sorted(samples.items()):
+        run, found = planned[cell.engine], list(by_repeat.values())
+        tokens = sum(float(one.tokens.sum()) for one in found)
+        seconds = sum(float(one.seconds.sum()) for one in found)
+        row = {
+            **run.fields(),
+            "dataset": cell.dataset,
+            "temperature": cell.temperature,
+            "concurrency": cell.concurrency,
+            "num_prompts": len(found[0].tokens),
+            "repeats": len(found),
+            "acceptance_length": tokens / max(sum(one.passes for one in found), 1),
+            "tokens_per_second": sum(one.output_tokens for one in found)
+            / sum(one.wall_seconds for one in found),
+            "decode_tokens_per_second": tokens / seconds,
+            "time_per_output_token_ms": 1000 * seconds / tokens,
+            "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
+        }
+        if best.get(named(run.method)) == run.num_speculative_tokens:
+            row["best_k"] = True
+        if cell.engine == baseline:
+            row["speedup"] = 1.0
+            if overhead and cell.concurrency == 1:
+                row["host_overhead_share"] = overhead[0]
+        elif baseline is not None:
+            plain = samples.get(cell._replace(engine=baseline), {})
+            both = sorted(set(by_repeat) & set(plain))
+            if both:
+                row["speedup"], interval = speedup([by_repeat[r] for r in both], [plain[r] for r in both])
+                row["speedup_ci"] = list(interval)
+        rows.append(row)
+    return rows
+
+
+def _measure_served(
+    url: str, run: Run, sets: Sequence[PromptSet], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
+        load = {"temperature": temperature, "concurrency": concurrency}
+        measured = served.bench(url, args.target, prompts.conversations, max_tokens=args.max_tokens, **load)
+        yield {**run.fields(), "dataset": prompts.name, **load, **measured}
+
+
+def _add_served_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    def load(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["dataset"], row["temperature"], row["concurrency"]
+
+    plain = {load(row): row for row in reversed(rows) if row["method"] == "none"}
+    for row in rows:
+        with contextlib.suppress(KeyError):
+            baseline = plain[load(row)]["time_per_output_token_ms"]
+            row["speedup"] = baseline / row["time_per_output_token_ms"]
+
+
+if __name__ == "__main__":
+    records.execute(main)

@@ -1,0 +1,109 @@
+"""Acceptance lengths are what the engine really did, whatever the answers' length and order."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import acceptance
+from benchmarks.acceptance import acceptance_length, position_acceptance, score, summarise
+from benchmarks.engines import Answer
+from griffin_vllm.errors import GriffinError
+from tests.benchmarks import models
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Plain decoding, a head and a worse one, with a count of what the scheduler was handed in each step."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    folder = tmp_path_factory.mktemp("acceptance")
+    models.write_models(folder)
+    yields: list[Counter[str]] = []
+    original, start = Scheduler.update_from_output, Scheduler.__init__
+
+    def new_engine(self: Any, *args: Any, **kwargs: Any) -> None:
+        yields.append(Counter())
+        start(self, *args, **kwargs)
+
+    def update(self: Any, scheduled: Any, output: Any) -> Any:
+        yields[-1].update(
+            request
+            for request, tokens in zip(output.req_ids, output.sampled_token_ids, strict=True)
+            if tokens
+        )
+        return original(self, scheduled, output)
+
+    with models.engines_in_this_process() as patch:
+        patch.setattr(Scheduler, "__init__", new_engine)
+        patch.setattr(Scheduler, "update_from_output", update)
+        methods = f"none,griffin:{folder / 'head'},griffin:{folder / 'worse'}"
+        status = acceptance.main(models.arguments(folder, methods, "--concurrency", "2"))
+    trajectory = json.loads((folder / "out.trajectory.json").read_text())["answers"]["prompts"]
+    return models.record(folder) | {"status": status, "yields": yields, "trajectory": trajectory}
+
+
+def test_acceptance_length_is_an_independent_count_of_tokens_and_passes(measured: dict[str, Any]) -> None:
+    answers = [tokens for turns in measured["trajectory"].values() for tokens in turns]
+    assert len(answers) == 2 * models.CONVERSATIONS
+    assert measured["status"] == 0
+    for row, steps in zip(measured["results"], measured["yields"], strict=True):
+        assert row["identical_answers"] == 1.0
+        passes = sum(count - 1 for count in steps.values())
+        assert row["acceptance_length"] == pytest.approx(sum(len(one) - 1 for one in answers) / passes)
+        assert row["acceptance_length"] == pytest.approx(1 + sum(row["position_acceptance"]))
+    assert measured["results"][0]["acceptance_length"] == 1.0
+
+
+def test_a_planted_lower_acceptance_shows(measured: dict[str, Any]) -> None:
+    _, head, worse = measured["results"]
+    assert worse["acceptance_length"] < 0.9 * head["acceptance_length"]
+    assert worse["position_acceptance"][0] < head["position_acceptance"][0]
+
+
+def test_a_record_says_how_it_was_measured(measured: dict[str, Any]) -> None:
+    settings = measured["settings"]
+    assert settings["versions"]["vllm"]
+    assert settings["machine"]["cores"]
+    assert settings["date"]
+    assert settings["engine"]["dtype"] == "float32"
+    assert settings["prompts"]["prompts"]["conversations"] == models.CONVERSATIONS
+    assert not [row["head"] for row in measured["results"] if row["head"] and row["head"].startswith("/")]
+    assert measured["failures"] == []
+
+
+def answer(emitted: list[int], tokens: list[int] | None = None, turn: int = 0) -> Answer:
+    tokens = tokens or list(range(sum(emitted)))
+    return Answer("c", turn, prompt_tokens=100, tokens=tokens, emitted=emitted, times=[0.0] * len(emitted))
+
+
+def test_lengths_are_pooled_over_passes_and_not_averaged_over_answers() -> None:
+    scored = [score(answer([1, 4]), None), score(answer([1, 1, 1, 1]), None)]
+    assert acceptance_length(scored) == 7 / 4
+    assert position_acceptance(scored, 4) == [1 / 4, 1 / 4, 1 / 4, 0]
+
+
+def test_passes_count_only_while_the_answer_follows_the_trajectory() -> None:
+    reference = [0, 1, 2, 3, 4, 9, 9, 9]
+    scored = score(answer([1, 2, 2, 3]), reference)
+    assert scored.passes == [2, 2]
+    assert scored.contexts == [101, 103]
+    assert not scored.identical
+
+
+def test_loops_are_told_apart() -> None:
+    loop = answer([1, 3, 3, 3, 3, 3], tokens=[1, 2] * 8)
+    row = summarise([score(loop, None), score(answer([1, 1, 1, 2, 2, 2], turn=1), None)], 3)
+    assert row["acceptance_length_loop_free"] == 8 / 5
+    assert row["acceptance_length_by_repetition"] == {"loops": 3.0, "varied": 8 / 5}
+    assert row["acceptance_length_by_turn"] == {"1": 3.0, "2": 8 / 5}
+    assert row["acceptance_length_by_context"] == {"128": 23 / 10}
+
+
+def test_greedy_scoring_refuses_another_dtype(tmp_path: Path) -> None:
+    with pytest.raises(GriffinError, match="float32"):
+        acceptance.main([*models.arguments(tmp_path, "none"), "--dtype", "bfloat16"])

@@ -1,0 +1,79 @@
+"""Prompt files of every form, and the methods of a command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.methods import parse_methods, runs
+from benchmarks.prompts import read_prompts
+from griffin_vllm.errors import GriffinError
+
+RECORDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "mt-bench": ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, ("a", "b")),
+    "prompt": ({"id": "q", "prompt": "a"}, ("a",)),
+    "sharegpt": (
+        {
+            "id": "q",
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "x"},
+                {"from": "human", "value": "b"},
+            ],
+        },
+        ("a", "b"),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", RECORDS)
+@pytest.mark.parametrize("array", [True, False])
+def test_forms_of_prompt_files(tmp_path: Path, form: str, array: bool) -> None:
+    record, turns = RECORDS[form]
+    path = tmp_path / "some.file.json"
+    path.write_text(
+        json.dumps([record, record]) if array else f"{json.dumps(record)}\n\n{json.dumps(record)}\n"
+    )
+    prompts = read_prompts(str(path))
+    assert prompts.name == "some.file"
+    assert [conversation.turns for conversation in prompts.conversations] == [turns, turns]
+    assert len(read_prompts(str(path), limit=1).conversations) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": 3}', "record 2"),
+        ('{"prompt": "a"}\n{"prompt', "line 2: is not JSON"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(GriffinError, match=message):
+        read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["griffon:x", "eagle", "none:x", "griffin:/no/such/head", "eagle:/no/such/head"]
+)
+def test_a_bad_method_is_refused_before_any_engine_starts(text: str) -> None:
+    with pytest.raises(GriffinError):
+        parse_methods(f"none,{text}")
+
+
+def test_methods_become_vllm_configs(tmp_path: Path) -> None:
+    plain, ngram, hass = parse_methods(f"none,ngram,hass:{tmp_path}")
+    assert [run.num_speculative_tokens for run in runs([plain, ngram], [3, 5])] == [0, 3, 5]
+    assert plain.speculative_config(0, "greedy") is None
+    assert (ngram.speculative_config(3, "greedy") or {})["num_speculative_tokens"] == 3
+    assert hass.speculative_config(5, "probabilistic") == {
+        "method": "eagle",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 5,
+        "draft_sample_method": "probabilistic",
+    }

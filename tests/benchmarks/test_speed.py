@@ -1,0 +1,90 @@
+"""Speed ratios: what slows down is seen, what is noise is not taken for a difference."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import speed
+from benchmarks.engines import Answer
+from benchmarks.methods import Method
+from benchmarks.speed import Sample, speedup
+from tests.benchmarks import models
+
+
+def simulated(random: np.random.Generator, factor: float = 1.0, repeats: int = 3) -> list[Sample]:
+    """20 conversations whose speeds differ, on a machine whose engine starts differ by about 5 %."""
+    samples = []
+    for _ in range(repeats):
+        tokens = random.integers(20, 500, 20).astype(float)
+        start = random.lognormal(sigma=0.05)
+        seconds = tokens * 0.03 * factor * start * random.lognormal(sigma=0.05, size=20)
+        samples.append(Sample(tokens, seconds, [0.1], 1, 1, 1.0))
+    return samples
+
+
+def test_plain_decoding_against_itself_contains_one_as_often_as_promised() -> None:
+    random = np.random.default_rng(0)
+    contained = 0
+    for _ in range(200):
+        _, (low, high) = speedup(simulated(random), simulated(random), draws=500)
+        contained += low <= 1.0 <= high
+    assert contained >= 180
+
+
+def test_a_slow_down_of_a_third_is_told_from_noise() -> None:
+    random = np.random.default_rng(0)
+    ratio, (low, high) = speedup(simulated(random, 1.5), simulated(random))
+    assert low < ratio < high < 1.0
+    assert ratio == pytest.approx(1 / 1.5, rel=0.15)
+
+
+def test_turns_of_a_conversation_are_drawn_together() -> None:
+    def answer(conversation: str, turn: int) -> Answer:
+        return Answer(conversation, turn, 9, tokens=[0] * 5, emitted=[1, 2, 2], times=[1.0, 2.0, 4.0])
+
+    sample = Sample.of([answer("a", 0), answer("a", 1), answer("b", 0)], wall_seconds=9.0)
+    assert sample.tokens.tolist() == [8, 4]
+    assert sample.seconds.tolist() == [6, 3]
+    assert sample.passes == 6
+
+
+def test_a_planted_sleep_in_the_proposer_is_seen_and_plain_decoding_equals_itself(tmp_path: Path) -> None:
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    models.write_models(tmp_path)
+    original = GriffinProposer.propose
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.1)
+        return original(self, *args, **kwargs)
+
+    with models.engines_in_this_process() as patch:
+        patch.setattr(GriffinProposer, "propose", slow)
+        methods = f"none,none,griffin:{tmp_path / 'head'}"
+        arguments = models.arguments(tmp_path, methods, "--concurrency", "1", "--repeats", "2")
+        assert speed.main(arguments) == 0
+    plain, again, griffin = models.record(tmp_path)["results"]
+    assert griffin["speedup_ci"][1] < 1.0
+    assert griffin["time_per_output_token_ms"] > plain["time_per_output_token_ms"]
+    # one 95 % interval in twenty may miss it by a little
+    assert again["speedup_ci"][0] < 1.1
+    assert again["speedup_ci"][1] > 0.9
+    assert 0 < plain["host_overhead_share"] < 1
+    assert plain["repeats"] == 2
+
+
+def test_the_best_number_of_draft_tokens_comes_from_the_tuning_record(tmp_path: Path) -> None:
+    rows = [
+        {"method": "griffin", "head": "h", "num_speculative_tokens": k, "dataset": data, "speedup": speedup}
+        for data, by_k in {"a": {3: 1.2, 5: 1.6}, "b": {3: 1.5, 5: 1.0}}.items()
+        for k, speedup in by_k.items()
+    ]
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"settings": {}, "results": rows}))
+    assert speed.best_ks(path) == {Method("griffin", "h"): 3}
