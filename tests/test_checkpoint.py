@@ -111,7 +111,11 @@ BAD_TENSORS: dict[str, tuple[str, torch.Tensor | None, str]] = {
         torch.ones(32).to(torch.float8_e4m3fn),
         "dtype of fc.fc.bias is 'F8_E4M3', expected floats",
     ),
-    "NaN": ("fc.fc.bias", torch.full((32,), torch.nan), "tensor fc.fc.bias holds NaN or infinity"),
+    "NaN": (
+        "fc.fc.bias",
+        torch.full((32,), torch.nan),
+        "tensor fc.fc.bias is 'NaN or infinite', expected finite",
+    ),
     "embeddings of another target": (
         "embed_tokens.weight",
         torch.ones(21, 32),

@@ -13,19 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.platforms import current_platform
 
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
-    EMBEDDINGS,
     PREFIX,
     Head,
+    check_values,
     find_head,
     is_griffin_head,
-    load_tensors,
     open_head,
 )
 from griffin_vllm.config import METHOD
@@ -100,7 +98,7 @@ def resolve(
     _check_keys(given, parallel)
     head = open_head(find_head(_with_revision(model.removeprefix(PREFIX), given)))
     _check_fit(head, target, parallel)
-    _check_finite(head)
+    check_values(head)
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
@@ -204,12 +202,6 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
     for name, size, fits in divides:
         if not fits:
             raise GriffinError.at(where, name, size, f"a number that tensor_parallel_size={ranks} divides")
-
-
-def _check_finite(head: Head) -> None:
-    for name, tensor in load_tensors(head.weights).items():
-        if name != EMBEDDINGS and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise GriffinError.at(head.weights, f"tensor {name}", "NaN or infinite", "finite numbers")
 
 
 def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConfig) -> int:
