@@ -11,12 +11,13 @@ TARGET_FOLDER := models/$(TARGET)
 URL := http://127.0.0.1:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-model serve test lint
+.PHONY: help venv demo-model serve test lint compat
 
 help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
 	@echo 'make test               run the tests'
 	@echo 'make lint               ruff and mypy'
+	@echo 'make compat             the tests that matter with every supported vLLM (about 20 GB of environments)'
 	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM)]'
 
 venv: $(INSTALLED)
@@ -63,3 +64,6 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+compat:
+	$(PYTHON) benchmarks/compat.py
