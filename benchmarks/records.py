@@ -154,6 +154,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON lines file."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
+
+
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     table = Table(*(column.replace("_", " ") for column in columns))
     for row in rows:

@@ -1,0 +1,287 @@
+"""From the records of the benchmarks to a Markdown table, plots, and one HTML page that needs no server.
+
+    python benchmarks/report.py benchmarks/results/*.json --out report [--readme README.md] [--training RUN]
+
+Prints the tables as Markdown and writes ``report.html`` and the plots as SVG into ``--out``. With ``--readme``
+the short tables (lowest concurrency) and the plots also replace what lies between the README's markers. Below
+each table stand the machine, versions, engine settings and date of its numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import records
+from griffin_vllm.config import read_json
+from griffin_vllm.errors import GriffinError
+
+BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
+TITLES = {"acceptance": "Acceptance length", "speed": "Speed", "losslessness": "Losslessness"}
+# column title -> (fields that it shows, how)
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
+    "method": lambda row: method_name(row),
+    "K": lambda row: f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else ""),
+    "T": lambda row: f"{row['temperature']:g}",
+    "requests at a time": lambda row: str(row["concurrency"]),
+    "tau": lambda row: number(row, "acceptance_length", 2),
+    "tau without loops": lambda row: number(row, "acceptance_length_loop_free", 2),
+    "accepted by position": lambda row: " ".join(
+        f"{share:.2f}" for share in row.get("position_acceptance", [])
+    ),
+    "tokens/s": lambda row: number(row, "tokens_per_second", 1),
+    "ms/token": lambda row: number(row, "time_per_output_token_ms", 1),
+    "ms to first token": lambda row: number(row, "time_to_first_token_ms", 0),
+    "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row)),
+    "answers": lambda row: number(row, "num_answers", 0),
+    "identical": lambda row: number(row, "identical", 0),
+    "near-tie": lambda row: number(row, "near_tie", 0),
+    "wrong": lambda row: number(row, "wrong", 0),
+}
+SHOWN = {
+    "acceptance": "data set, method, K, T, tau, tau without loops, accepted by position",
+    "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, ms to first token, speedup",
+    "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
+}
+STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
+svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
+
+
+class Source(NamedTuple):
+    """One record: what ``records.Record`` wrote."""
+
+    settings: dict[str, Any]
+    results: list[dict[str, Any]]
+
+    @property
+    def kind(self) -> str:
+        return str(self.settings["benchmark"])
+
+
+def method_name(row: dict[str, Any]) -> str:
+    head = f" ({row['head'].rstrip('/').rsplit('/', 1)[-1]})" if row.get("head") else ""
+    sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
+    return row["method"] + head + sampler
+
+
+def number(row: dict[str, Any], field: str, digits: int, suffix: str = "") -> str:
+    value = row.get(field)
+    return "" if value is None else f"{value:.{digits}f}{suffix}"
+
+
+def interval(row: dict[str, Any]) -> str:
+    return " [{:.2f}, {:.2f}]".format(*row["speedup_ci"]) if "speedup_ci" in row else ""
+
+
+def read_record(path: Path) -> Source:
+    found = read_json(path)
+    settings, results = found.get("settings", {}), found.get("results")
+    if settings.get("benchmark") not in TITLES or not isinstance(results, list):
+        raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
+    return Source(settings, results)
+
+
+def conditions(settings: dict[str, Any]) -> str:
+    """One line with everything that a number of this record depends on."""
+    machine, engine = settings["machine"], settings.get("engine", {})
+    preloaded = settings["environment"].get("LD_PRELOAD")
+    prompts = ", ".join(f"{name} ({one['conversations']})" for name, one in settings["prompts"].items())
+    parts = [
+        settings["date"][:10],
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+        f"load before {machine['load_average_before'][0]}",
+        ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
+        f"target {settings['target']}",
+        f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
+        f"at most {settings['max_tokens']} tokens an answer",
+        f"prompts {prompts}",
+        f"preloaded {preloaded}" if preloaded else "nothing preloaded",
+        f"{settings['repeats']} repeats" if "repeats" in settings else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def cells(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    titles = SHOWN[source.kind].split(", ")
+    return [titles, *([COLUMNS[title](row) for title in titles] for row in rows)]
+
+
+def markdown(source: Source, rows: Sequence[dict[str, Any]]) -> str:
+    header, *body = cells(source, rows)
+    lines = [header, ["---"] * len(header), *body]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{TITLES[source.kind]}**\n\n{table}\n\n{conditions(source.settings)}.\n"
+
+
+def lowest_load(source: Source) -> list[dict[str, Any]]:
+    """The rows for the README: one request at a time, or the fewest that were measured."""
+    least = min((row["concurrency"] for row in source.results), default=0)
+    return [row for row in source.results if row["concurrency"] == least]
+
+
+def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
+    acceptance = [row for source in sources if source.kind == "acceptance" for row in source.results]
+    speed = [row for source in sources if source.kind == "speed" for row in source.results]
+    drafted = [row for row in acceptance if row.get("position_acceptance")]
+    compared = [row for row in speed if "speedup" in row and row["method"] != "none"]
+    drawn = {}
+    if drafted:
+        drawn["acceptance-by-position"] = _by_position(drafted)
+    if compared:
+        drawn["speedup-by-method"] = _by_method(compared)
+        drawn["speedup-by-concurrency"] = _by_concurrency(compared)
+    if training:
+        drawn["training"] = _training(training)
+    return drawn
+
+
+def _panels(rows: Sequence[dict[str, Any]], y: str) -> tuple[Figure, dict[str, Any]]:
+    """A figure with one panel a data set."""
+    names = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(1.5 + 3.5 * len(names), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for name, axis in zip(names, axes, strict=True):
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(y)
+    return figure, dict(zip(names, axes, strict=True))
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{method_name(row)} K={row['num_speculative_tokens']} T={row['temperature']:g}"
+
+
+def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:
+    figure, panels = _panels(rows, "share of passes that accept it")
+    for row in rows:
+        shares = row["position_acceptance"]
+        panels[row["dataset"]].plot(range(1, len(shares) + 1), shares, marker="o", label=_label(row))
+    for axis in panels.values():
+        axis.set(xlabel="draft position", ylim=(0, 1))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _by_method(rows: Sequence[dict[str, Any]]) -> Figure:
+    least = min(row["concurrency"] for row in rows)
+    alone = [row for row in rows if row["concurrency"] == least]
+    figure, panels = _panels(alone, f"speedup, {least} at a time")
+    for name, axis in panels.items():
+        own = [row for row in alone if row["dataset"] == name]
+        heights = [row["speedup"] for row in own]
+        bounds = [row.get("speedup_ci", [row["speedup"]] * 2) for row in own]
+        errors = [
+            [max(height - low, 0) for height, (low, _) in zip(heights, bounds, strict=True)],
+            [max(high - height, 0) for height, (_, high) in zip(heights, bounds, strict=True)],
+        ]
+        axis.bar(range(len(own)), heights, yerr=errors, capsize=3)
+        axis.set_xticks(
+            range(len(own)), [_label(row) for row in own], rotation=30, ha="right", fontsize="small"
+        )
+        axis.axhline(1, color="black", linewidth=0.8)
+    return figure
+
+
+def _by_concurrency(rows: Sequence[dict[str, Any]]) -> Figure:
+    figure, panels = _panels(rows, "speedup")
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rows:
+        lines.setdefault((row["dataset"], _label(row)), []).append((row["concurrency"], row["speedup"]))
+    for (name, label), points in lines.items():
+        loads, speedups = zip(*sorted(points), strict=True)
+        panels[name].plot(loads, speedups, marker="o", label=label)
+    for axis in panels.values():
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("requests at a time")
+        axis.legend(fontsize="small")
+    return figure
+
+
+def _training(runs: Sequence[Path]) -> Figure:
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    loss, length = figure.subplots(1, 2)
+    for run in runs:
+        log = records.read_lines(run / "log.jsonl")
+        for axis, kind, field in ((loss, "train", "loss"), (length, "validation", "acceptance_length")):
+            rows = [row for row in log if row["kind"] == kind]
+            axis.plot([row["step"] for row in rows], [row[field] for row in rows], label=run.name)
+    for axis, y in ((loss, "training loss"), (length, "acceptance length, validation")):
+        axis.set(xlabel="step", ylabel=y)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    text = io.StringIO()
+    # the same numbers give the same file
+    with mpl.rc_context({"svg.hashsalt": "griffin", "font.size": 9}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
+    body = [f"<h1>griffin-vllm: benchmarks</h1>\n<style>{STYLE}</style>"]
+    for drawing in drawings.values():
+        body.append(drawing[drawing.index("<svg") :])
+    for source in sources:
+        header, *lines = cells(source, source.results)
+        rows = [f"<tr>{''.join(f'<th>{html.escape(title)}</th>' for title in header)}</tr>"]
+        rows += [f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>" for line in lines]
+        body.append(f"<h2>{TITLES[source.kind]}</h2>\n<table>{''.join(rows)}</table>")
+        body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
+    title = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
+    return "\n".join([title, *body]) + "\n"
+
+
+def rewrite(readme: Path, text: str) -> None:
+    """Put ``text`` between the markers of ``readme``."""
+    whole = readme.read_text(encoding="utf-8")
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise GriffinError(f"{readme}: needs the lines {BEGIN!r} and {END!r}, once each")
+    before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
+    records.write_atomically(readme, f"{before}{BEGIN}\n\n{text}\n{after}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html and the plots")
+    parser.add_argument("--readme", type=Path, help="rewrite this file between its markers")
+    parser.add_argument(
+        "--training", type=Path, nargs="*", default=[], metavar="RUN", help="training folders"
+    )
+    args = parser.parse_args(argv)
+    sources = [read_record(path) for path in args.records]
+    args.out.mkdir(parents=True, exist_ok=True)
+    drawings = {name: svg(figure) for name, figure in plots(sources, args.training).items()}
+    for name, drawing in drawings.items():
+        records.write_atomically(args.out / f"{name}.svg", drawing)
+    records.write_atomically(args.out / "report.html", page(sources, drawings))
+    print("\n".join(markdown(source, source.results) for source in sources))
+    if args.readme:
+        folder = Path(os.path.relpath(args.out, args.readme.parent))
+        images = [
+            f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
+        ]
+        rewrite(args.readme, "\n".join([*(markdown(one, lowest_load(one)) for one in sources), *images]))
+    return 0
+
+
+if __name__ == "__main__":
+    records.execute(main)

@@ -1,0 +1,108 @@
+"""Reports show what the records say, together with the conditions of every number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from griffin_vllm.errors import GriffinError
+
+SETTINGS = {
+    "benchmark": "speed",
+    "date": "2026-01-02T03:04:05+00:00",
+    "target": "target",
+    "max_tokens": 512,
+    "repeats": 3,
+    "machine": {"cpu": "A <fast> CPU", "cores": 2, "memory_gib": 24, "load_average_before": [0.1, 0.1, 0.1]},
+    "versions": {"vllm": "0.32.0"},
+    "environment": {"LD_PRELOAD": "libiomp5.so"},
+    "prompts": {"data": {"conversations": 20, "sha256": "0"}},
+    "engine": {"dtype": "bfloat16", "compilation": "VLLM_COMPILE"},
+}
+
+
+def row(method: str, concurrency: int, **more: Any) -> dict[str, Any]:
+    load = {"dataset": "data", "temperature": 0.0, "concurrency": concurrency, "num_prompts": 20}
+    head = None if method == "none" else "heads/small"
+    return {"method": method, "head": head, "num_speculative_tokens": 5, **load, **more}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    fast = {"speedup": 1.61, "speedup_ci": [1.5, 1.72], "tokens_per_second": 40.26}
+    speed = [
+        row("none", 1, speedup=1.0),
+        row("griffin", 1, **fast),
+        row("griffin", 8, **fast | {"speedup": 0.9}),
+    ]
+    acceptance = [row("griffin", 8, acceptance_length=2.345, position_acceptance=[0.8, 0.545])]
+    for name, rows in (("speed", speed), ("acceptance", acceptance)):
+        record = {"settings": SETTINGS | {"benchmark": name}, "results": rows, "failures": []}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    training = tmp_path / "run"
+    training.mkdir()
+    lines = [
+        {"kind": "train", "step": 1, "loss": 2.0},
+        {"kind": "validation", "step": 1, "acceptance_length": 1.5},
+    ]
+    (training / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [str(folder / "speed.json"), str(folder / "acceptance.json")]
+    more = ["--readme", str(folder / "README.md"), "--training", str(folder / "run")]
+    assert report.main([*records, "--out", str(folder / "out"), *more]) == 0
+    printed = capsys.readouterr().out
+    assert "| data (20) | griffin (small) | 5 | 0 | 8 |" in printed
+    assert "1.61 [1.50, 1.72]" in printed
+    assert "| 2.35 |" in printed or "| 2.34 |" in printed
+    for condition in ("2026-01-02", "A <fast> CPU", "vllm 0.32.0", "bfloat16", "libiomp5.so", "3 repeats"):
+        assert condition in printed
+
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    assert "0.90" not in readme, "the README shows the lowest load only"
+    plots = {path.stem for path in (folder / "out").glob("*.svg")}
+    assert plots == {"acceptance-by-position", "speedup-by-method", "speedup-by-concurrency", "training"}
+    assert all(f"(out/{name}.svg)" in readme for name in plots)
+
+    page = (folder / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "A &lt;fast&gt; CPU" in page
+    assert "<script" not in page
+
+
+def test_the_same_records_give_the_same_files(folder: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        report.main([str(folder / "speed.json"), "--out", str(folder / name)])
+        files.append({path.name: path.read_bytes() for path in (folder / name).iterdir()})
+    assert files[0] == files[1]
+
+
+def test_a_file_that_is_no_record_is_refused(folder: Path) -> None:
+    path = folder / "other.json"
+    path.write_text("{}")
+    with pytest.raises(GriffinError, match="is not a record"):
+        report.main([str(path), "--out", str(folder / "out")])
+
+
+def test_a_readme_without_markers_is_refused(folder: Path) -> None:
+    (folder / "README.md").write_text("text")
+    arguments = [
+        str(folder / "speed.json"),
+        "--out",
+        str(folder / "out"),
+        "--readme",
+        str(folder / "README.md"),
+    ]
+    with pytest.raises(GriffinError, match="needs the lines"):
+        report.main(arguments)
