@@ -48,7 +48,7 @@ def random_batch(rows: int = 2, T: int = 14, seed: int = 0) -> tuple[Batch, Shar
 
 def make_head(kind: type[DraftHead], dtype: torch.dtype = torch.float32) -> DraftHead:
     torch.manual_seed(1)
-    return kind(CONFIG, choose_attention("auto", CPU)).to(dtype)  # type: ignore[call-arg]
+    return kind(CONFIG, choose_attention("auto", CPU)).to(dtype)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])
