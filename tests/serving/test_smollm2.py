@@ -16,28 +16,20 @@ PROMPTS = REPOSITORY.parent / "shared/data/prompts/mt_bench.jsonl"
 TOKENS = 32
 
 
-@pytest.fixture(scope="module")
-def target() -> str:
-    pytest.importorskip("gguf")
-    from griffin_vllm.demo import write_demo_model
-
-    folder = REPOSITORY / "models" / HEAD
-    write_demo_model(folder)
-    return str(folder)
-
-
 @pytest.mark.skipif(HEAD not in bundled_heads(), reason=f"no bundled head {HEAD}")
 @pytest.mark.skipif(not PROMPTS.exists(), reason=f"no prompts in {PROMPTS}")
-def test_smollm2_answers_as_without_speculation_and_faster_than_a_token_a_step(target: str) -> None:
+def test_smollm2_answers_as_without_speculation_and_faster_than_a_token_a_step(demo_target: Path) -> None:
     from vllm import SamplingParams
 
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[::16]
     chats = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines]
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS)
 
-    with engine(model=target, max_model_len=1024) as llm:
+    with engine(model=str(demo_target), max_model_len=1024) as llm:
         expected = [output.outputs[0].token_ids for output in llm.chat(chats, greedy, use_tqdm=False)]
-    with engine(model=target, max_model_len=1024, spec_model=f"griffin:{HEAD}", spec_tokens=3) as llm:
+    with engine(
+        model=str(demo_target), max_model_len=1024, spec_model=f"griffin:{HEAD}", spec_tokens=3
+    ) as llm:
         found = [output.outputs[0].token_ids for output in llm.chat(chats, greedy, use_tqdm=False)]
         counters = spec_counters(llm)
 

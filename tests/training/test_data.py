@@ -463,14 +463,6 @@ def test_length_buckets_change_with_the_epoch_and_waste_little() -> None:
     assert padded / lengths.sum() < 1.15
 
 
-@pytest.fixture
-def demo_target() -> Path:
-    folder = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("the demo target is not there: griffin demo-model models/smollm2-135m-instruct")
-    return folder
-
-
 def test_demo_target_masks_its_answers_behind_its_default_system_turn(
     demo_target: Path, tmp_path: Path
 ) -> None:
