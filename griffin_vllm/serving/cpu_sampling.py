@@ -1,14 +1,15 @@
-"""A mend of vLLM's CPU backend: random rejection sampling reads temperature, top-k and top-p.
+"""Mends of vLLM's CPU backend, each of which looks for its defect before it does anything.
 
-vLLM expands these from one value a request to one value a drafted token. Its CPU fallback
-(``_expand_kernel_impl`` in ``vllm/utils/cpu_triton_utils.py``) writes into an int64 copy of the output and
-drops the copy, so for float32 and int32 tensors the sampler reads uninitialised memory, whichever
-speculator drafted. Fixed upstream by ``patches/0001-*.patch``.
+The one that every version up to 0.33 needs: random rejection sampling reads temperature, top-k and top-p from
+uninitialised memory, whichever speculator drafted. vLLM expands these from one value a request to one value a
+drafted token. Its CPU fallback (``_expand_kernel_impl`` in ``vllm/utils/cpu_triton_utils.py``) writes into an
+int64 copy of a float32 or int32 output and drops the copy. Fixed upstream by ``patches/0001-*.patch``.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +112,47 @@ def _fails_on_no_rows(apply_top_k_only: Callable[..., Any]) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def mend_launchers(cpu_model_runner: Any) -> None:
+    """Let vLLM 0.30 launch the CPU's kernels where it speculates.
+
+    Its ``_postprocess_triton`` (``vllm/v1/worker/cpu_model_runner.py``) replaces Triton kernels by name, but
+    five of them are launched by objects that took hold of the Triton ones before, so EAGLE-like drafting and
+    rejection sampling end in a TypeError. Other versions either have no such objects or replace their kernels.
+    """
+    runner = cpu_model_runner.CPUModelRunner
+    original = getattr(runner, "_postprocess_triton", None)
+    if original is None or hasattr(original, "mends"):
+        return
+
+    @functools.wraps(original)
+    def postprocess(self: Any) -> None:
+        original(self)
+        from vllm.v1.sample import rejection_sampler
+        from vllm.v1.spec_decode import utils
+
+        for module in (rejection_sampler, utils):
+            for launcher in list(vars(module).values()):
+                kernel: Any = getattr(launcher, "__dict__", {}).get("kernel")
+                replacement = getattr(module, getattr(kernel, "__name__", ""), None)
+                if isinstance(replacement, cpu_model_runner.cpu_tl._FuncWrapper):
+                    launcher.kernel = _Positional(kernel, replacement.func)
+                    logger.warning("Mending vLLM's launch of %s on CPU", kernel.__name__)
+
+    postprocess.mends = original  # type: ignore[attr-defined]
+    runner._postprocess_triton = postprocess
+
+
+class _Positional:
+    """Stands in for a Triton kernel; hands its named arguments to ``implementation`` in the kernel's order."""
+
+    def __init__(self, kernel: Callable[..., Any], implementation: Callable[..., Any]) -> None:
+        self.arg_names = tuple(inspect.signature(kernel).parameters)
+        self.implementation = implementation
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, **arguments: Any) -> None:
+        self.implementation(*(arguments[name] for name in self.arg_names if name in arguments))

@@ -260,6 +260,12 @@ def _mend_cpu_top_k(topk_topp_sampler: ModuleType) -> None:
     mend_top_k(topk_topp_sampler)
 
 
+def _mend_cpu_launchers(cpu_model_runner: ModuleType) -> None:
+    from griffin_vllm.serving.cpu_sampling import mend_launchers
+
+    mend_launchers(cpu_model_runner)
+
+
 TOUCH_POINTS = (
     TouchPoint(
         "vllm.engine.arg_utils",
@@ -309,6 +315,13 @@ TOUCH_POINTS = (
         "apply_top_k_only",
         "top-k sampling on CPU, see cpu_sampling.py",
         _mend_cpu_top_k,
+        on_import=True,
+    ),
+    TouchPoint(
+        "vllm.v1.worker.cpu_model_runner",
+        "CPUModelRunner._postprocess_triton",
+        "speculation on CPU in vLLM 0.30, see cpu_sampling.py",
+        _mend_cpu_launchers,
         on_import=True,
     ),
 )
