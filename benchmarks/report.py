@@ -110,6 +110,9 @@ def conditions(settings: dict[str, Any]) -> str:
         f"prompts {prompts}",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{settings['repeats']} repeats" if "repeats" in settings else "",
+        f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
+        if "host_overhead_share" in settings
+        else "",
     ]
     return "; ".join(part for part in parts if part)
 

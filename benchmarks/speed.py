@@ -11,9 +11,10 @@ cover a request's decoding phase (first token to last), pooled; ``time_to_first_
 paired bootstrap over conversations: all turns of one are drawn together, and the same ones for both methods.
 Repeats are too few to be drawn from, so each draw is multiplied by a factor with the spread that the ratio
 had between repeats (Student's t of repeats - 1 degrees of freedom, on the logarithm). With one repeat that
-spread is unknown and left out. A second ``none`` among the methods shows what the machine's noise alone does.
+spread is unknown and left out; two say so little about it that the interval is very wide. A second ``none``
+among the methods shows what the machine's noise alone does.
 
-``host_overhead_share`` of a plain step is the part in which no model runs (scheduling, input preparation,
+``host_overhead_share`` (a setting) of a plain step is the part in which no model runs (scheduling, input preparation,
 sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
 
 With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client asks the first turns
@@ -118,11 +119,11 @@ def speedup(
     repeats, conversations = data.shape[2:]
     random = np.random.default_rng(0)
     times_drawn = random.multinomial(conversations, np.full(conversations, 1 / conversations), draws)
-    drawn = ratio(data.sum(axis=2) @ times_drawn.T)
+    drawn = np.log(ratio(data.sum(axis=2) @ times_drawn.T))
     if repeats > 1:
         spread = np.log(ratio(data.sum(axis=3))).std(ddof=1) / np.sqrt(repeats)
-        drawn *= np.exp(spread * random.standard_t(repeats - 1, draws))
-    low, high = np.percentile(drawn, [2.5, 97.5])
+        drawn += spread * random.standard_t(repeats - 1, draws)
+    low, high = np.exp(np.percentile(drawn, [2.5, 97.5]))
     return float(ratio(data.sum(axis=(2, 3)))), (float(low), float(high))
 
 
@@ -152,7 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return record.finish(COLUMNS)
 
     samples: dict[Cell, dict[int, Sample]] = {}
-    overhead: list[float] = []
     for repeat in range(args.repeats):
         for place in range(len(planned)):
             engine = (place + repeat) % len(planned)
@@ -166,9 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for temperature, concurrency, sample in _measure(llm, conversations, args):
                         cell = Cell(engine, prompts.name, temperature, concurrency)
                         samples.setdefault(cell, {})[repeat] = sample
-                if run.method.name == "none" and not overhead and _on_cpu():
-                    overhead.append(host_overhead_share(llm, conversations, args.max_tokens))
-                record.results = _rows(planned, best, samples, overhead)
+                record.results = _rows(planned, best, samples)
+                if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
+                    share = host_overhead_share(llm, conversations, args.max_tokens)
+                    record.settings["host_overhead_share"] = share
     return record.finish(COLUMNS)
 
 
@@ -234,7 +235,6 @@ def _rows(
     planned: Sequence[Run],
     best: dict[Method, int],
     samples: dict[Cell, dict[int, Sample]],
-    overhead: Sequence[float],
 ) -> list[dict[str, Any]]:
     baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), None)
     rows = []
@@ -260,8 +260,6 @@ def _rows(
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0
-            if overhead and cell.concurrency == 1:
-                row["host_overhead_share"] = overhead[0]
         elif baseline is not None:
             plain = samples.get(cell._replace(engine=baseline), {})
             both = sorted(set(by_repeat) & set(plain))
