@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,6 +67,14 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
         self.signal = number
 
 
+class Wish(IntEnum):
+    """What a process wants after a step; the strongest wish of all of them is everybody's."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+
+
 class Trainer:
     """One run, from a validated config to an exported head."""
 
@@ -77,7 +86,10 @@ class Trainer:
         """
         self.config = config
         self.console = Console(stderr=True)
-        claim_output(config)
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        self.device = self.accelerator.device
+        with self.accelerator.main_process_first():
+            claim_output(config)
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
         hf_config = target_config(config.target)
@@ -85,8 +97,6 @@ class Trainer:
         self.train_data.check_target(tokenizer, hf_config.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or hf_config.vocab_size
         self.head_config = head_config(config, hf_config, int(self.train_data.lengths.max()))
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
-        self.device = self.accelerator.device
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         self.plan = plan_steps(self.train_data, config)
@@ -122,7 +132,7 @@ class Trainer:
         )
         model, optimizer = self.accelerator.prepare(steps, optimizer)
         done, seconds_before = self._resume(optimizer)
-        log = RunLog(config.output, done)
+        log = RunLog(config.output, done, writes=self.accelerator.is_main_process)
         clock = saved_at = time.monotonic()
         with stop_signals() as stop, self._progress(done) as progress:
             while done < len(self.plan):
@@ -138,11 +148,13 @@ class Trainer:
                     log.write("train", done, losses)
                 if done % config.validate_every == 0:
                     log.write("validation", done, acceptance_row(self.validate()))
-                if stop or time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
+                wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
+                if wish is not Wish.GO_ON:
                     saved_at = time.monotonic()
                     self._save(optimizer, done, seconds_before + saved_at - clock)
-                if stop:
-                    raise Interrupted(stop[0], done)
+                if wish is Wish.STOP:
+                    raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
         self._save(optimizer, done, seconds_before + time.monotonic() - clock)
         acceptance = self.validate()
         log.write("validation", done, acceptance_row(acceptance))
@@ -150,7 +162,12 @@ class Trainer:
 
     def validate(self) -> Acceptance:
         """Greedy chains simulated on the first greedy answers of the validation split."""
-        batches = (self._batch(self.validation_data, self.validation_source, s, 0.0, 0) for s in self.answers)
+        batches = (
+            make_batch(self.validation_data, self.validation_source, samples, noise=0.0, seed=0).to(
+                self.device
+            )
+            for samples in self.answers
+        )
         with self.accelerator.autocast():
             return simulate(self.head, self.shared, batches, self.config.num_speculative_tokens)
 
@@ -167,9 +184,7 @@ class Trainer:
             torch.zeros(planned.stage.draft_steps, 3, device=self.device),
         )
         for number, samples in enumerate(planned.micro_batches, start=1):
-            batch = self._batch(
-                self.train_data, self.train_source, samples, config.noise, config.seed + index
-            )
+            batch = self._batch(samples, config.seed + index)
             with nullcontext() if number == count else accelerator.no_sync(model):
                 surrogate, parts = model(batch, planned.stage.draft_steps, weights, config.seed + index)
                 accelerator.backward(surrogate / count)
@@ -187,13 +202,15 @@ class Trainer:
         joint = ((weights.v * v + weights.p * p + weights.k * k) for v, p, k in rows)
         return {"loss": sum(weights.decay**n * loss for n, loss in enumerate(joint)), **named}
 
-    def _batch(
-        self, data: TokenDataset, source: Source, samples: list[int], noise: float, seed: int
-    ) -> Batch:
+    def _batch(self, samples: list[int], seed: int) -> Batch:
         """This process's part of a batch; a process without a sample learns nothing from the first one."""
         mine = samples[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = make_batch(data, source, mine or samples[:1], noise, seed).to(self.device)
-        return batch if mine else batch.without_loss()
+        batch = make_batch(self.train_data, self.train_source, mine or samples[:1], self.config.noise, seed)
+        return (batch if mine else batch.without_loss()).to(self.device)
+
+    def _strongest(self, wish: Wish) -> Wish:
+        wishes = self.accelerator.gather(torch.tensor([int(wish)], device=self.device))
+        return Wish(int(wishes.max()))
 
     def _sources(self) -> tuple[Source, Source, SharedWeights]:
         config = self.config
@@ -325,13 +342,17 @@ class Trainer:
 class RunLog:
     """``log.jsonl`` and tensorboard events of one run; rows past a resumed checkpoint are dropped."""
 
-    def __init__(self, output: Path, done: int) -> None:
-        self.path = output / "log.jsonl"
+    def __init__(self, output: Path, done: int, *, writes: bool) -> None:
+        self.path, self.writes = output / "log.jsonl", writes
+        if not writes:
+            return
         rows = [row for row in self.rows() if row["step"] <= done]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=done)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():

@@ -134,7 +134,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path, after: int
 def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupted_one(
     target: Path, data: Path, tmp_path: Path
 ) -> None:
-    changes = {"stages": [{"draft_steps": 2, "epochs": 40}], "checkpoint_minutes": 1e-6}
+    changes = {"stages": [{"draft_steps": 2, "epochs": 15}], "checkpoint_minutes": 1e-6}
     interrupted = settings(target, data, tmp_path / "interrupted", **changes)
     arguments = command(interrupted, tmp_path / "run.yaml")
     checkpoints = interrupted.output / "checkpoints"
