@@ -7,9 +7,11 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,7 +45,11 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
             torch.save(state.optimizer, staging / "optimizer.pt")
             meta = {"step": state.step, "seconds": state.seconds}
             (staging / "state.json").write_text(json.dumps(meta), encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save's error for a full disk is the second
         kept = latest_checkpoint(folder)
         raise GriffinError(f"{path}: cannot be written ({error}); the last good one is {kept}") from error
     for old in _checkpoints(folder)[:-KEEP]:
@@ -52,13 +58,19 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return TrainingState(
-        meta["step"],
-        meta["seconds"],
-        load_file(path / "head.safetensors"),
-        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-    )
+    """Raises GriffinError where a file was damaged after it was written."""
+    try:
+        meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return TrainingState(
+            meta["step"],
+            meta["seconds"],
+            load_file(path / "head.safetensors"),
+            torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, UnpicklingError) as error:
+        raise GriffinError(
+            f"{path}: is damaged ({error}); remove it to continue from the one before"
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
