@@ -52,6 +52,10 @@ class TrainConfig(Section):
     (``--stages.0.epochs 2`` for nested ones)."""
 
     target: Path = Field(description="folder of the target model")
+    target_name: str | None = Field(
+        default=None,
+        description="Hub id or folder that the finished head names as its target; by default `target`",
+    )
     data: Path = Field(description="data set written by `griffin data prepare`")
     output: Path = Field(description="folder for checkpoints, logs and the finished head")
     features: Path | None = Field(

@@ -56,6 +56,7 @@ def model_card(
         f"| trained context length | {config.trained_context_length} tokens |",
         f"| sizes | d {config.hidden_size}, I {config.intermediate_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads |",
+        f"| continued from | {Path(train.init_from).name if train.init_from else 'nothing'} |",
         f"| stages | {stages} |",
         f"| positions trained on | {trained_tokens:,} |",
         f"| data | {', '.join(str(s.get('name', s)) for s in manifest.get('sources', []))} |",

@@ -389,13 +389,7 @@ def claim_output(config: TrainConfig) -> None:
 def head_config(config: TrainConfig, target: Any, trained_context_length: int) -> HeadConfig:
     """The head's sizes: the target's, unless the settings or ``init_from`` say otherwise."""
     if config.init_from is not None:
-        found = open_head(find_head(config.init_from)).config
-        for name in ("hidden_size", "vocab_size"):
-            if getattr(found, name) != getattr(target, name):
-                raise GriffinError.at(
-                    config.init_from, name, getattr(found, name), f"the target's {getattr(target, name)}"
-                )
-        sizes = found.model_dump()
+        sizes = open_head(find_head(config.init_from)).config.model_dump()
     else:
         heads = target.num_attention_heads
         sizes = {
@@ -410,14 +404,15 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
             "rms_norm_eps": target.rms_norm_eps,
             "rope_theta": (target.rope_parameters or {}).get("rope_theta", 10000.0),
         }
-    return HeadConfig(
-        **sizes
-        | {
-            "target": getattr(target, "name_or_path", "") or str(config.target),
-            "num_speculative_tokens": config.num_speculative_tokens,
-            "trained_context_length": trained_context_length,
-        }
-    )
+    provenance = {
+        "target": config.target_name or str(config.target),
+        "num_speculative_tokens": config.num_speculative_tokens,
+        "trained_context_length": trained_context_length,
+    }
+    head = HeadConfig(**sizes | provenance)
+    where = Path(config.init_from or config.target)
+    head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
+    return head
 
 
 def plan_steps(data: TokenDataset, config: TrainConfig) -> list[PlannedStep]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from griffin_vllm.errors import GriffinError
 
@@ -79,13 +79,13 @@ def soft_targets(features: Tensor, lm_head: Tensor, k: int, rows: int = 256) -> 
     )
 
 
-def target_config(path: Path | str) -> AutoConfig:
-    """The target's Hugging Face config, without loading its weights.
+def target_config(path: Path | str) -> PreTrainedConfig:
+    """The Hugging Face config of the target's text model, without loading its weights.
 
     Raises:
         GriffinError: there is none.
     """
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise GriffinError(f"{path}: has no readable config.json of a target ({error})") from error
