@@ -41,7 +41,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with models.engines_in_this_process() as patch:
         patch.setattr(Scheduler, "__init__", new_engine)
         patch.setattr(Scheduler, "update_from_output", update)
-        methods = f"none,griffin:{folder / 'head'},griffin:{folder / 'worse'}"
+        (folder / "empty").mkdir()
+        methods = f"none,eagle:{folder / 'empty'},griffin:{folder / 'head'},griffin:{folder / 'worse'}"
         status = acceptance.main(models.arguments(folder, methods, "--concurrency", "2"))
     trajectory = json.loads((folder / "out.trajectory.json").read_text())["answers"]["prompts"]
     return models.record(folder) | {"status": status, "yields": yields, "trajectory": trajectory}
@@ -50,7 +51,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_acceptance_length_is_an_independent_count_of_tokens_and_passes(measured: dict[str, Any]) -> None:
     answers = [tokens for turns in measured["trajectory"].values() for tokens in turns]
     assert len(answers) == 2 * models.CONVERSATIONS
-    assert measured["status"] == 0
     for row, steps in zip(measured["results"], measured["yields"], strict=True):
         assert row["identical_answers"] == 1.0
         passes = sum(count - 1 for count in steps.values())
@@ -73,7 +73,12 @@ def test_a_record_says_how_it_was_measured(measured: dict[str, Any]) -> None:
     assert settings["engine"]["dtype"] == "float32"
     assert settings["prompts"]["prompts"]["conversations"] == models.CONVERSATIONS
     assert not [row["head"] for row in measured["results"] if row["head"] and row["head"].startswith("/")]
-    assert measured["failures"] == []
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(measured: dict[str, Any]) -> None:
+    assert measured["status"] == 1
+    assert [failure["run"] for failure in measured["failures"]] == ["eagle:empty K=3"]
+    assert len(measured["results"]) == 3
 
 
 def answer(emitted: list[int], tokens: list[int] | None = None, turn: int = 0) -> Answer:
