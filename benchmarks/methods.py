@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,17 @@ class Run:
 def shown(path: str) -> str:
     """A path as a record shows it: absolute ones would tell of the machine only."""
     return Path(path).name if Path(path).is_absolute() else path
+
+
+def weights_digest(method: Method) -> str | None:
+    """Start of the SHA-256 of a head's weights: its name may stay when it is trained anew."""
+    if method.head is None:
+        return None
+    folder = find_head(method.head) if method.name == "griffin" else Path(method.head)
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def parse_methods(text: str) -> list[Method]:

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.methods import Method, Run, parse_methods, shown
+from benchmarks.methods import Method, Run, parse_methods, shown, weights_digest
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
 
@@ -122,6 +122,8 @@ class Record:
         """One engine's share of the record; a failure is recorded and the next engine gets its turn."""
         print(f"{run.label} ...", file=sys.stderr, flush=True)
         try:
+            if run.method.head:
+                self.settings.setdefault("heads", {})[shown(run.method.head)] = weights_digest(run.method)
             yield
         except Exception as error:
             traceback.print_exc()

@@ -105,6 +105,7 @@ def conditions(settings: dict[str, Any]) -> str:
         f"load before {machine['load_average_before'][0]}",
         ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
         f"target {settings['target']}",
+        *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
         f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
         f"at most {settings['max_tokens']} tokens an answer",
         f"prompts {prompts}",

@@ -70,6 +70,7 @@ def test_a_record_says_how_it_was_measured(measured: dict[str, Any]) -> None:
     assert settings["versions"]["vllm"]
     assert settings["machine"]["cores"]
     assert settings["date"]
+    assert len(set(settings["heads"].values())) == len(settings["heads"]) == 3
     assert settings["engine"]["dtype"] == "float32"
     assert settings["prompts"]["prompts"]["conversations"] == models.CONVERSATIONS
     assert not [row["head"] for row in measured["results"] if row["head"] and row["head"].startswith("/")]
