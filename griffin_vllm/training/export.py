@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from griffin_vllm.checkpoint import save_head
@@ -68,9 +69,9 @@ def model_card(
             f"{acceptance.acceptance_length:.3f} (greedy chains on held-out answers) |",
             f"| top-1 accuracy by draft step | {accuracy} |",
         ]
-    lines += ["", "## Settings", "", "```yaml"]
     skipped = {"target", "data", "output", "features", "init_from"}
-    lines += [f"{k}: {v}" for k, v in train.model_dump(mode="json").items() if k not in skipped]
+    settings = yaml.safe_dump(train.model_dump(mode="json", exclude=skipped), sort_keys=False)
+    lines += ["", "## Settings", "", "```yaml", settings.rstrip()]
     lines += [
         "```",
         "",
