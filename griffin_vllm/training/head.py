@@ -151,8 +151,8 @@ class DraftHead(nn.Module):
 
         A residual that starts large and random has to be unlearnt first: on SmolLM2 this start has after 500
         steps the acceptance length that a unit-scale random one has after 1000 (1.38 and 1.36). Embeddings and
-        final features of one target can differ in scale by more than ten (SmolLM2: 0.136
-        against 1.83); the token half makes up for it.
+        final features of one target can differ in scale by more than ten (SmolLM2: 0.136 against 1.83); the
+        token half makes up for it.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
