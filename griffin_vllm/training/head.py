@@ -150,9 +150,9 @@ class DraftHead(nn.Module):
         """Start from a small, faithful copy of the feature, with a token half that is heard at once.
 
         A residual that starts large and random has to be unlearnt first: on SmolLM2 this start has after 500
-        steps the acceptance length that a unit-scale random one has after 1000 (1.38 and 1.36). Embeddings and
-        final features of one target can differ in scale by more than ten (SmolLM2: 0.136 against 1.83); the
-        token half makes up for it.
+        steps the acceptance length that a unit-scale random one has after 1000 (1.38 and 1.36; the logs are
+        benchmarks/results/start-*). Embeddings and final features of one target can differ in scale by more
+        than ten (SmolLM2: 0.136 against 1.83); the token half makes up for it.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):

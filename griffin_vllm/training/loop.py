@@ -6,6 +6,7 @@ resumed run repeats an uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
@@ -92,11 +93,11 @@ class Trainer:
             claim_output(config)
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
-        hf_config = target_config(config.target)
+        self.hf_config = target_config(config.target)
         tokenizer = AutoTokenizer.from_pretrained(config.target, trust_remote_code=False)
-        self.train_data.check_target(tokenizer, hf_config.vocab_size)
-        self.soft_target_tokens = config.soft_target_tokens or hf_config.vocab_size
-        self.head_config = head_config(config, hf_config, int(self.train_data.lengths.max()))
+        self.train_data.check_target(tokenizer, self.hf_config.vocab_size)
+        self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
+        self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()))
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         self.plan = plan_steps(self.train_data, config)
@@ -208,6 +209,9 @@ class Trainer:
         batch = make_batch(self.train_data, self.train_source, mine or samples[:1], self.config.noise, seed)
         return (batch if mine else batch.without_loss()).to(self.device)
 
+    def _tokens(self, planned: PlannedStep) -> int:
+        return sum(int(self.train_data.lengths[i]) for part in planned.micro_batches for i in part)
+
     def _strongest(self, wish: Wish) -> Wish:
         wishes = self.accelerator.gather(torch.tensor([int(wish)], device=self.device))
         return Wish(int(wishes.max()))
@@ -226,9 +230,7 @@ class Trainer:
     def _cache(self, folder: Path, data: TokenDataset) -> FeatureCache:
         """Open a feature cache, writing it first (by one process) where it is not complete."""
         config = self.config
-        manifest = CacheManifest.of(
-            config.target, target_config(config.target), data, self.soft_target_tokens
-        )
+        manifest = CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
         with self.accelerator.main_process_first():
             if not is_complete(folder, manifest):
                 size = manifest.size_in_bytes() / 1e9
@@ -294,10 +296,7 @@ class Trainer:
     @contextmanager
     def _progress(self, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
         """A progress bar over optimiser steps with loss, tokens/s and time left."""
-        sizes = [
-            sum(int(self.train_data.lengths[i]) for part in step.micro_batches for i in part)
-            for step in self.plan
-        ]
+        tokens_until = list(itertools.accumulate(map(self._tokens, self.plan), initial=0))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -310,7 +309,7 @@ class Trainer:
             task = bar.add_task("training", total=len(self.plan), completed=done, loss=math.nan, speed=0.0)
 
             def show(done: int, losses: dict[str, float]) -> None:
-                speed = sum(sizes[first:done]) / (time.monotonic() - start)
+                speed = (tokens_until[done] - tokens_until[first]) / (time.monotonic() - start)
                 steps = self.plan[done - 1].stage.draft_steps
                 bar.update(
                     task,
@@ -325,9 +324,7 @@ class Trainer:
     def _export(self, acceptance: Acceptance, log: RunLog) -> Path:
         folder = self.config.output / "head"
         if self.accelerator.is_main_process:
-            positions = sum(
-                int(self.train_data.lengths[i]) for s in self.plan for part in s.micro_batches for i in part
-            )
+            positions = sum(map(self._tokens, self.plan))
             history = [row for row in log.rows() if row["kind"] == "validation"]
             manifest = self.train_data.manifest.model_dump()
             card = model_card(self.head_config, self.config, manifest, history, acceptance, positions)
