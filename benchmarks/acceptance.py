@@ -23,7 +23,6 @@ before that are scored. ``identical_answers`` is the share that never left it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from benchmarks import engines, records
 from benchmarks.engines import Answer
 from benchmarks.methods import Method, Run, runs
 from benchmarks.prompts import PromptSet
+from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import distinct_share
 
@@ -139,32 +139,6 @@ def _by_context(scored: Sequence[Scored]) -> dict[str, float]:
     return {str(edge): sum(group) / len(group) for edge, group in sorted(groups.items())}
 
 
-class Trajectory:
-    """The target's own float32 greedy answers, cached in ``OUT.trajectory.json``."""
-
-    def __init__(self, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
-        self.path: Path = args.json.with_suffix(".trajectory.json")
-        self.key = {
-            "target": records.shown(args.target),
-            "max_tokens": args.max_tokens,
-            "max_model_len": args.max_model_len,
-            "versions": records.versions(),
-            "prompts": {prompts.name: records.prompt_digest(prompts) for prompts in sets},
-        }
-        self.answers: dict[str, dict[str, list[list[int]]]] = {}
-        if self.path.exists():
-            cached = json.loads(self.path.read_text(encoding="utf-8"))
-            if cached["key"] == self.key:
-                self.answers = cached["answers"]
-
-    def record(self, dataset: str, answers: Iterable[Answer]) -> None:
-        found: dict[str, list[list[int]]] = {}
-        for answer in answers:
-            found.setdefault(answer.conversation, []).append(answer.tokens)
-        self.answers[dataset] = found
-        records.write_atomically(self.path, json.dumps({"key": self.key, "answers": self.answers}) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = records.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[8])
     parser.add_argument(
@@ -220,7 +194,8 @@ def _measure(
         greedy = temperature == 0
         if greedy and run.draft_sample_method != "greedy":
             continue
-        history = trajectory.answers.get(prompts.name) if greedy else None
+        recorded = prompts.name in trajectory.answers
+        history = trajectory.history(prompts.name) if greedy and recorded else None
         if greedy and history is None and run.method.name != "none":
             raise GriffinError(
                 f"{prompts.name}: plain decoding failed, so there is no trajectory to score on"
@@ -240,7 +215,7 @@ def _measure(
             ]
             if greedy and history is None:
                 trajectory.record(prompts.name, repeats[0])
-                history = trajectory.answers[prompts.name]
+                history = trajectory.history(prompts.name)
             scored = [
                 [score(one, history[one.conversation][one.turn] if history else None) for one in answers]
                 for answers in repeats

@@ -7,10 +7,13 @@ where the two differ, the target's two highest logits lie within ``--near-tie`` 
 chose the second: arithmetic in another order may then choose either. Anything else that differs is *wrong*,
 and the exit status 1. In float32 the limit is 1e-4. In bfloat16 neighbouring logits are 0.125 apart once
 they exceed 16, so the limit there is four such steps; ``largest_near_tie`` says what was reached.
+
+The full sweep takes hours. With ``--resume`` the rows that ``OUT.json`` has already are kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records
 from benchmarks.engines import Answer
 from benchmarks.methods import Method, Run, runs
+from benchmarks.prompts import Conversation, PromptSet
+from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
 
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.5}
@@ -65,6 +70,7 @@ def judge(answer: Answer, reference: Answer, near_tie: float) -> Verdict:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = records.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[1, 16])
     parser.add_argument("--near-tie", type=float, help="largest logit difference of a near-tie")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished OUT.json")
     args = parser.parse_args(argv)
     if args.temperature != [0.0]:
         raise GriffinError.at(
@@ -74,50 +80,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("losslessness", args, sets)
     record.settings["near_tie"] = near_tie
-    arguments = records.engine_arguments(args)
-    references: dict[str, dict[tuple[str, int], Answer]] = {}
-    histories: dict[str, dict[str, list[list[int]]]] = {}
+    if args.resume:
+        record.resume()
+    trajectory = Trajectory(args, sets)
     plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
     for run in [plain, *runs(wanted, args.num_speculative_tokens)]:
-        with record.attempt(run), engines.start(run, **arguments) as llm:
+        rows = [
+            (prompts, concurrency, {**run.fields(), "dataset": prompts.name, "concurrency": concurrency})
+            for prompts in sets
+            for concurrency in args.concurrency
+            # plain decoding one at a time is the reference itself
+            if (run, concurrency) != (plain, 1)
+        ]
+        missing = [row for row in rows if not record.has(row[2])]
+        if not missing and (run != plain or len(trajectory.answers) == len(sets)):
+            continue
+        with (
+            record.attempt(run),
+            engines.start(run, **records.engine_arguments(args)) as llm,
+        ):
             record.note_engine(run, engines.resolved_settings(llm))
-            for prompts in sets:
-                conversations = engines.fitting(
-                    llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
-                )
-                if run is plain:
-                    alone = engines.answer(llm, conversations, max_tokens=args.max_tokens, margins=True)
-                    references[prompts.name] = {(one.conversation, one.turn): one for one in alone}
-                    history = histories[prompts.name] = {}
-                    for one in alone:
-                        history.setdefault(one.conversation, []).append(one.tokens)
-                if prompts.name not in references:
+            if run == plain:
+                _record_references(llm, sets, args, trajectory)
+            for prompts, concurrency, identity in missing:
+                if prompts.name not in trajectory.answers:
                     raise GriffinError(
                         f"{prompts.name}: plain decoding failed, there is nothing to compare with"
                     )
-                for concurrency in args.concurrency:
-                    answers = engines.answer(
-                        llm,
-                        conversations,
-                        max_tokens=args.max_tokens,
-                        concurrency=concurrency,
-                        history=histories[prompts.name],
-                    )
-                    row = {
-                        **run.fields(),
-                        "dataset": prompts.name,
+                print(f"  {prompts.name}, {concurrency} at a time", file=sys.stderr, flush=True)
+                conversations = _conversations(llm, prompts, args)
+                answers = engines.answer(
+                    llm,
+                    conversations,
+                    max_tokens=args.max_tokens,
+                    concurrency=concurrency,
+                    history=trajectory.history(prompts.name),
+                )
+                references = {(one.conversation, one.turn): one for one in trajectory.answers[prompts.name]}
+                record.results.append(
+                    {
+                        **identity,
                         "temperature": 0.0,
-                        "concurrency": concurrency,
                         "num_prompts": len(conversations),
-                        **_compared(answers, references[prompts.name], near_tie),
+                        **_compared(answers, references, near_tie),
                     }
-                    record.results.append(row)
+                )
+                record.save()
     status = record.finish(COLUMNS)
     wrong = sum(row["wrong"] for row in record.results)
     if wrong:
         print(f"{wrong} wrong answers", file=sys.stderr)
     return 1 if wrong else status
+
+
+def _record_references(
+    llm: Any, sets: Sequence[PromptSet], args: argparse.Namespace, trajectory: Trajectory
+) -> None:
+    """Answer what is not yet in ``trajectory``, one request at a time, with the margins of every token."""
+    for prompts in sets:
+        if prompts.name not in trajectory.answers:
+            print(f"  {prompts.name}, reference", file=sys.stderr, flush=True)
+            conversations = _conversations(llm, prompts, args)
+            trajectory.record(
+                prompts.name,
+                engines.answer(llm, conversations, max_tokens=args.max_tokens, margins=True),
+            )
+
+
+def _conversations(llm: Any, prompts: PromptSet, args: argparse.Namespace) -> list[Conversation]:
+    return engines.fitting(llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len)
 
 
 def _compared(

@@ -38,6 +38,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     add("--methods", required=True, help="none,ngram,suffix,eagle:HEAD,hass:HEAD,eagle3:HEAD,griffin:HEAD")
     add("--prompts", required=True, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
     add("--num-prompts", type=int, metavar="N", help="only the first N conversations of each file")
+    add("--turns", type=int, metavar="N", help="only the first N turns of each conversation")
     add("--num-speculative-tokens", type=_list_of(int), default=[5], metavar="K[,K]")
     add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]")
     add("--concurrency", type=_list_of(int), default=[1], metavar="N[,N]", help="requests at a time")
@@ -71,7 +72,7 @@ def execute(main: Callable[[Sequence[str] | None], int]) -> None:
 def load_inputs(args: argparse.Namespace) -> tuple[list[Method], list[PromptSet]]:
     """Methods and prompts of the command line, checked before any engine starts."""
     methods = parse_methods(args.methods)
-    sets = [read_prompts(source, args.num_prompts, args.target) for source in args.prompts]
+    sets = [read_prompts(source, args.num_prompts, args.target, args.turns) for source in args.prompts]
     names = [prompts.name for prompts in sets]
     if len(set(names)) < len(names):
         raise GriffinError.at("--prompts", "the files' stems", names, "different names, they tell rows apart")
@@ -117,18 +118,45 @@ class Record:
         self.results: list[dict[str, Any]] = []
         self.failures: list[dict[str, str]] = []
 
+    def resume(self) -> None:
+        """Take over the rows of an unfinished record, which must have been made under the same conditions.
+
+        Raises:
+            GriffinError: the record on disk is of another benchmark, target, version or prompt set.
+        """
+        if not self.path.exists():
+            return
+        before = json.loads(self.path.read_text(encoding="utf-8"))
+        ours = set(self.settings) - {"date", "machine", "environment"}
+        for name in sorted(ours):
+            if before["settings"].get(name) != self.settings[name]:
+                raise GriffinError.at(
+                    self.path, name, before["settings"].get(name), f"{self.settings[name]!r} to resume"
+                )
+        self.settings = before["settings"]
+        self.results = before["results"]
+
+    def has(self, identity: dict[str, Any]) -> bool:
+        return any(identity.items() <= row.items() for row in self.results)
+
     @contextmanager
     def attempt(self, run: Run) -> Iterator[None]:
         """One engine's share of the record; a failure is recorded and the next engine gets its turn."""
         print(f"{run.label} ...", file=sys.stderr, flush=True)
         try:
             if run.method.head:
-                self.settings.setdefault("heads", {})[shown(run.method.head)] = weights_digest(run.method)
+                self._note_head(shown(run.method.head), weights_digest(run.method))
             yield
         except Exception as error:
             traceback.print_exc()
             self.failures.append({"run": run.label, "error": GriffinError.reason(error)[:500]})
         self.save()
+
+    def _note_head(self, name: str, digest: str | None) -> None:
+        if self.settings.setdefault("heads", {}).setdefault(name, digest) != digest:
+            raise GriffinError.at(
+                self.path, f"heads.{name}", self.settings["heads"][name], f"weights {digest}"
+            )
 
     def note_engine(self, run: Run, resolved: dict[str, Any]) -> None:
         """Keep the engine's settings, and those of later engines where vLLM chose otherwise."""

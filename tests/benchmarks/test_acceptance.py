@@ -49,7 +49,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_acceptance_length_is_an_independent_count_of_tokens_and_passes(measured: dict[str, Any]) -> None:
-    answers = [tokens for turns in measured["trajectory"].values() for tokens in turns]
+    answers = [answer["tokens"] for answer in measured["trajectory"]]
     assert len(answers) == 2 * models.CONVERSATIONS
     for row, steps in zip(measured["results"], measured["yields"], strict=True):
         assert row["identical_answers"] == 1.0

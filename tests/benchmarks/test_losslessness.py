@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import losslessness
+from benchmarks import engines, losslessness
 from benchmarks.engines import Answer
 from benchmarks.losslessness import judge
+from benchmarks.methods import Run
+from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
 
 REFERENCE = Answer("c", 0, 1, tokens=[5, 6, 7], margins=[1.0, 5e-5, 1.0], runners_up=[1, 2, 3])
@@ -54,3 +57,35 @@ def test_one_planted_wrong_token_is_the_one_wrong_answer(tmp_path: Path) -> None
     assert griffin["wrong"] == 1
     assert griffin["identical"] == 2 * models.CONVERSATIONS - 1
     assert griffin["acceptance_length"] > 1
+
+
+def test_a_resumed_record_keeps_its_rows_and_starts_only_the_missing_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.write_models(tmp_path)
+    started: list[str] = []
+    start = engines.start
+
+    def recorded_start(run: Run, **settings: Any) -> Any:
+        started.append(run.label)
+        return start(run, **settings)
+
+    monkeypatch.setattr(engines, "start", recorded_start)
+    command = models.arguments(tmp_path, f"griffin:{tmp_path / 'head'}", "--concurrency", "2", "--resume")
+    with models.engines_in_this_process():
+        assert losslessness.main(command) == 0
+        whole = models.record(tmp_path)
+        (tmp_path / "out.json").write_text(json.dumps(whole | {"results": whole["results"][:1]}))
+        started.clear()
+        assert losslessness.main(command) == 0
+    assert len(started) == 1
+    assert "griffin" in started[0]
+    assert models.record(tmp_path)["results"] == whole["results"]
+
+
+def test_another_benchmarks_record_is_not_resumed(tmp_path: Path) -> None:
+    models.write_models(tmp_path)
+    command = models.arguments(tmp_path, f"griffin:{tmp_path / 'head'}", "--resume")
+    (tmp_path / "out.json").write_text('{"settings": {"benchmark": "acceptance"}, "results": []}')
+    with pytest.raises(GriffinError, match=r"out\.json: benchmark is 'acceptance'"):
+        losslessness.main(command)

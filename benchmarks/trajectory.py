@@ -1,0 +1,53 @@
+"""The target's own greedy answers, recorded once beside a benchmark's record and used by every method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from benchmarks import records
+from benchmarks.engines import Answer
+from benchmarks.prompts import PromptSet
+
+
+class Trajectory:
+    """Answers of plain decoding by data set, cached in ``OUT.trajectory.json``.
+
+    A cache of another target, other prompts, limits, versions or another dtype is left unused.
+    """
+
+    def __init__(self, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
+        self.path = args.json.with_suffix(".trajectory.json")
+        self.key = {
+            "target": records.shown(args.target),
+            "dtype": args.dtype,
+            "max_tokens": args.max_tokens,
+            "max_model_len": args.max_model_len,
+            "versions": records.versions(),
+            "prompts": {prompts.name: records.prompt_digest(prompts) for prompts in sets},
+        }
+        self.answers: dict[str, list[Answer]] = {}
+        if self.path.exists():
+            cached = json.loads(self.path.read_text(encoding="utf-8"))
+            if cached["key"] == self.key:
+                self.answers = {
+                    dataset: [Answer(**answer) for answer in answers]
+                    for dataset, answers in cached["answers"].items()
+                }
+
+    def record(self, dataset: str, answers: Sequence[Answer]) -> None:
+        self.answers[dataset] = list(answers)
+        whole = {
+            "key": self.key,
+            "answers": {name: [asdict(one) for one in found] for name, found in self.answers.items()},
+        }
+        records.write_atomically(self.path, json.dumps(whole) + "\n")
+
+    def history(self, dataset: str) -> dict[str, list[list[int]]]:
+        """Token ids of the answers, turn by turn, by conversation."""
+        history: dict[str, list[list[int]]] = {}
+        for answer in self.answers[dataset]:
+            history.setdefault(answer.conversation, []).append(answer.tokens)
+        return history
