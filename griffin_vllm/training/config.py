@@ -16,6 +16,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
 )
 
 from griffin_vllm.errors import GriffinError
@@ -121,6 +122,12 @@ class TrainConfig(Section):
     validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
     validate_every: PositiveInt = Field(500, description="optimiser steps between validations")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="minutes between checkpoints")
+
+    @field_validator("alignment", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false
+        return "off" if value is False else value
 
     @property
     def head_name(self) -> HeadName:

@@ -243,6 +243,12 @@ def test_bad_settings_are_one_line_that_names_file_and_field(text: str, message:
         TrainConfig.load(path)
 
 
+def test_alignment_off_needs_no_quotes_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("target: t\ndata: d\noutput: o\n")
+    assert TrainConfig.load(path, ["--alignment", "off"]).alignment_rule == "off"
+
+
 def test_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("preset: small\ntarget: t\ndata: d\noutput: o\nseed: 3\n")

@@ -1,0 +1,169 @@
+"""What each part of GRIFFIN's training is worth: one short run a variant and seed, at equal tokens.
+
+    python benchmarks/ablation.py CONFIG.yaml --out runs/ablation --json benchmarks/results/ablation.json
+
+Every variant trains with CONFIG's data, stages and rates and differs in one thing; it is judged by the
+simulated acceptance length on the target's own held-out greedy answers. Runs take turns seed by seed, go on
+where they were stopped when the same command is given again, and the record grows with each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from griffin_vllm.training.attention import dense_stream_attention
+from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
+from griffin_vllm.training.loop import Trainer
+from griffin_vllm.training.simulate import Acceptance
+
+
+class LeakySoftmax:
+    """The reference's attention from stage 2 on: each position that a query may not see still adds
+    ``exp(0)`` to the softmax's denominator, and nothing to its numerator."""
+
+    def __init__(self) -> None:
+        self.leaks = False
+
+    def __call__(self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        if not self.leaks:
+            return dense_stream_attention(q, keys, values)
+        newest, t = len(keys) - 1, torch.arange(q.shape[2], device=q.device)
+        visible = [t[None, :] <= t[:, None] - newest]
+        visible += [t[None, :] == t[:, None] - newest + i for i in range(1, newest + 1)]
+        # a zero key gives the score 0, a zero value gives nothing: the leak, once for each later position
+        visible += [t[None, :] > t[:, None]]
+        nothing = torch.zeros_like(keys[0])
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, torch.cat([*keys, nothing], 2), torch.cat([*values, nothing], 2), torch.cat(visible, 1)
+        )
+
+
+class LeakyTrainer(Trainer):
+    """Trains stages 2 and later with the leak; validates, as decoding does, without it."""
+
+    def _new_head(self) -> DraftHead:
+        head = super()._new_head()
+        self.attention = LeakySoftmax()
+        for module in head.modules():
+            if isinstance(module, StreamAttention):
+                module.attention = self.attention
+        return head
+
+    def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
+        self.attention.leaks = self.plan[index].stage.draft_steps > 1
+        return super()._optimise(model, optimizer, index)
+
+    def validate(self) -> Acceptance:
+        self.attention.leaks = False
+        return super().validate()
+
+
+class PredictFedBack(GriffinHead):
+    """A GRIFFIN head without its second output: predict is also the feature of the next draft step."""
+
+    def forward(self, embeddings: Tensor, features: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        predict, _ = super().forward(embeddings, features, streams)
+        return predict, predict
+
+
+class PredictFeedbackTrainer(Trainer):
+    def _new_head(self) -> DraftHead:
+        head = super()._new_head()
+        head.__class__ = PredictFedBack
+        return head
+
+
+@dataclass(frozen=True)
+class Variant:
+    description: str
+    settings: dict[str, Any]
+    trainer: type[Trainer] = Trainer
+
+
+VARIANTS = {
+    "griffin": Variant("GRIFFIN head, reference's mask, proper softmax, detached steps", {}),
+    "griffin-no-mask": Variant("GRIFFIN head, no mask", {"alignment": "off"}),
+    "eagle-mask": Variant("EAGLE head, reference's mask", {"head": "eagle"}),
+    "eagle-no-mask": Variant("EAGLE head, no mask (HASS)", {"head": "eagle", "alignment": "off"}),
+    "causal-mask": Variant("the mask read causally", {"alignment": "causal"}),
+    "not-detached": Variant("gradients flow between draft steps", {"detach": False}),
+    "leaky-softmax": Variant("the reference's softmax in stages 2 and later", {}, LeakyTrainer),
+    "predict-fed-back": Variant("predict, not regress, feeds the next step", {}, PredictFeedbackTrainer),
+}
+
+
+def main(
+    config: Annotated[Path, typer.Argument(help="Settings of `griffin train`; output and seed are ignored.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs.")],
+    json_path: Annotated[Path, typer.Option("--json", help="The record to write.")],
+    variants: Annotated[str, typer.Option(help="Names, with commas between them.")] = ",".join(VARIANTS),
+    seeds: Annotated[str, typer.Option(help="Numbers, with commas between them.")] = "1,2,3",
+) -> None:
+    """Train the variants and print what each is worth."""
+    runs: list[dict[str, Any]] = []
+    for seed in map(int, seeds.split(",")):
+        for name in variants.split(","):
+            runs.append(run(name, seed, config, out))
+            record = {"settings": settings_of(config), "runs": runs}
+            json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Console().print(table(runs))
+
+
+def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
+    """One run, or what is left of it; its last validation."""
+    variant, output = VARIANTS[name], out / f"{name}-{seed}"
+    log = output / "log.jsonl"
+    if not (output / "head").is_dir():
+        overrides = {**variant.settings, "output": str(output), "seed": seed}
+        settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
+        variant.trainer(settings).run()
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if row["kind"] == "validation"][-1]
+    return {
+        "variant": name,
+        "seed": seed,
+        "steps": last["step"],
+        "acceptance_length": last["acceptance_length"],
+        "accuracy": last["accuracy"],
+    }
+
+
+def settings_of(config: Path) -> dict[str, Any]:
+    """The common settings, without the folders of this machine."""
+    folders = {"target", "data", "features", "output", "target_name", "init_from"}
+    settings = TrainConfig.load(config, ["--output", "ablation"]).model_dump(mode="json", exclude=folders)
+    return {**settings, "torch": torch.__version__}
+
+
+def table(runs: list[dict[str, Any]]) -> Table:
+    lengths: dict[str, list[float]] = {}
+    for one in runs:
+        lengths.setdefault(one["variant"], []).append(one["acceptance_length"])
+    base = mean(lengths.get("griffin", next(iter(lengths.values()))))
+    shown = Table("variant", "what it is", "tau, mean", "lowest to highest", "ratio to the first", "seeds")
+    for name, found in lengths.items():
+        shown.add_row(
+            name,
+            VARIANTS[name].description,
+            f"{mean(found):.3f}",
+            f"{min(found):.3f} to {max(found):.3f}",
+            f"{mean(found) / base:.3f}",
+            str(len(found)),
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,69 @@
+"""Each variant trains what its name says, and the record tells them apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from benchmarks import ablation
+from tests.training import tiny
+
+
+def test_leaky_softmax_adds_one_to_the_denominator_for_each_position_that_is_not_visible() -> None:
+    torch.manual_seed(0)
+    T, D = 5, 4
+    q, k0, k1, v0, v1 = torch.randn(5, 1, 1, T, D, dtype=torch.double)
+    leaky = ablation.LeakySoftmax()
+    leaky.leaks = True
+    found = leaky(q, [k0, k1], [v0, v1])
+    for t in range(T):
+        # the newest stream at t, the target's features before it
+        keys = torch.cat([k0[0, 0, :t], k1[0, 0, t : t + 1]])
+        values = torch.cat([v0[0, 0, :t], v1[0, 0, t : t + 1]])
+        weights = (keys @ q[0, 0, t] / D**0.5).exp()
+        expected = weights @ values / (weights.sum() + T - 1 - t)
+        torch.testing.assert_close(found[0, 0, t], expected)
+
+
+def test_every_variant_trains_and_a_second_call_trains_nothing(tmp_path: Path) -> None:
+    target = tiny.write_target(tmp_path / "target")
+    data = tiny.write_data(tmp_path / "data", target, answer_tokens=12)
+    config = tmp_path / "ablation.yaml"
+    settings = {
+        "target": str(target),
+        "data": str(data),
+        "precision": "fp32",
+        "batch_tokens": 256,
+        "stages": [{"draft_steps": 2, "epochs": 1}],
+    }
+    config.write_text(yaml.safe_dump(settings))
+    command = [
+        str(config),
+        "--out",
+        str(tmp_path / "runs"),
+        "--json",
+        str(tmp_path / "out.json"),
+        "--seeds",
+        "1",
+    ]
+    app = ablation.typer.Typer()
+    app.command()(ablation.main)
+    first = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert first.exit_code == 0
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [one["variant"] for one in runs] == list(ablation.VARIANTS)
+    weights = {
+        path.parent.parent.name: path.read_bytes()
+        for path in (tmp_path / "runs").glob("*/head/model.safetensors")
+    }
+    assert len(set(weights.values())) == len(ablation.VARIANTS)
+    written = [
+        path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").glob("*/head/model.safetensors"))
+    ]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").glob("*/head/model.safetensors"))]
+    assert again == written
