@@ -17,7 +17,8 @@ tokens before a stop trims them.
 At temperature 0 every method is scored on one target trajectory: the answers that the target alone gives
 greedily in float32, recorded once in a file beside ``--json``. The engines run in float32 too, later turns
 follow the recorded answers, and should an answer leave the recorded one at a near-tie, only the passes
-before that are scored. ``identical_answers`` is the share that never left it.
+before that are scored. ``identical_answers`` is the share that never left it. ``conversations`` holds each
+one's scored tokens and passes, from which the report draws the intervals of ratios between methods.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -67,6 +70,7 @@ class Scored:
         contexts: tokens in the context when the pass began.
     """
 
+    conversation: str
     turn: int
     distinct_4grams: float
     passes: list[int]
@@ -94,12 +98,41 @@ def score(answer: Answer, reference: Sequence[int] | None) -> Scored:
     ends = list(accumulate(answer.emitted))
     passes = [tokens for tokens, end in zip(answer.passes, ends[1:], strict=True) if end <= common]
     return Scored(
+        conversation=answer.conversation,
         turn=answer.turn,
         distinct_4grams=distinct_share(reference or answer.tokens),
         passes=passes,
         contexts=[answer.prompt_tokens + end for end in ends[: len(passes)]],
         identical=reference is None or answer.tokens == list(reference),
     )
+
+
+def ratio_interval(
+    ours: dict[str, list[int]], theirs: dict[str, list[int]], draws: int = 4000
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of two acceptance lengths and its 95 % interval: a bootstrap over conversations, the same ones
+    drawn for both sides, each (tokens, passes) by conversation as in a row's ``conversations``."""
+    names = sorted(ours.keys() & theirs.keys())
+    # (side, tokens or passes, conversations)
+    data = np.array([np.array([side[name] for name in names]).T for side in (ours, theirs)])
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return (sums[0, 0] / sums[0, 1]) / (sums[1, 0] / sums[1, 1])
+
+    shares = np.full(len(names), 1 / len(names))
+    drawn = ratio(data @ np.random.default_rng(0).multinomial(len(names), shares, draws).T)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(ratio(data.sum(axis=2))), (float(low), float(high))
+
+
+def _by_conversation(scored: Iterable[Scored]) -> dict[str, list[int]]:
+    """Tokens and passes of each conversation."""
+    found: dict[str, list[int]] = {}
+    for one in scored:
+        counts = found.setdefault(one.conversation, [0, 0])
+        counts[0] += sum(one.passes)
+        counts[1] += len(one.passes)
+    return found
 
 
 def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
@@ -119,6 +152,7 @@ def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
         "num_answers": len(scored),
         "num_passes": sum(len(one.passes) for one in scored),
         "num_tokens": sum(sum(one.passes) for one in scored),
+        "conversations": _by_conversation(scored),
     }
 
 

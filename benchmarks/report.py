@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
+from benchmarks.acceptance import ratio_interval
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
@@ -55,6 +57,7 @@ SHOWN = {
     "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, ms to first token, speedup",
     "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
 }
+MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
 svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
@@ -123,11 +126,38 @@ def cells(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [titles, *([COLUMNS[title](row) for title in titles] for row in rows)]
 
 
+def margins(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """GRIFFIN's acceptance length over every other speculator's at the same K and temperature, data set by
+    data set and over all of them, as table cells; empty where there is nothing to compare."""
+    drafted = [row for row in rows if row["method"] != "none" and row.get("conversations")]
+    groups: dict[tuple[Any, ...], dict[str, dict[str, dict[str, list[int]]]]] = {}
+    for row in drafted:
+        group = groups.setdefault((row["num_speculative_tokens"], row["temperature"], row["concurrency"]), {})
+        sets = group.setdefault(method_name(row), {})
+        sets[row["dataset"]] = row["conversations"]
+        everything = sets.setdefault("all", {})
+        everything |= {f"{row['dataset']}/{name}": counts for name, counts in row["conversations"].items()}
+    lines = []
+    for (k, temperature, _), methods in groups.items():
+        griffins = [name for name in methods if name.startswith("griffin")]
+        for ours, theirs in itertools.product(griffins, [name for name in methods if name not in griffins]):
+            for dataset in methods[ours].keys() & methods[theirs].keys():
+                ratio, (low, high) = ratio_interval(methods[ours][dataset], methods[theirs][dataset])
+                margin = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+                lines.append([dataset, ours, theirs, str(k), f"{temperature:g}", margin])
+    return [MARGINS, *sorted(lines)] if lines else []
+
+
 def markdown(source: Source, rows: Sequence[dict[str, Any]]) -> str:
-    header, *body = cells(source, rows)
-    lines = [header, ["---"] * len(header), *body]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**{TITLES[source.kind]}**\n\n{table}\n\n{conditions(source.settings)}.\n"
+    parts = [f"**{TITLES[source.kind]}**", _pipes(cells(source, rows))]
+    if compared := margins(source, rows):
+        parts += ["Acceptance length against the others, with 95 % intervals:", _pipes(compared)]
+    return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
+
+
+def _pipes(table: list[list[str]]) -> str:
+    header, *body = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
 
 
 def lowest_load(source: Source) -> list[dict[str, Any]]:
@@ -244,13 +274,19 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
     for drawing in drawings.values():
         body.append(drawing[drawing.index("<svg") :])
     for source in sources:
-        header, *lines = cells(source, source.results)
-        rows = [f"<tr>{''.join(f'<th>{html.escape(title)}</th>' for title in header)}</tr>"]
-        rows += [f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>" for line in lines]
-        body.append(f"<h2>{TITLES[source.kind]}</h2>\n<table>{''.join(rows)}</table>")
+        body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source, source.results))}")
+        if compared := margins(source, source.results):
+            body.append(f"<p>Acceptance length against the others:</p>\n{_html_table(compared)}")
         body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
     title = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
     return "\n".join([title, *body]) + "\n"
+
+
+def _html_table(table: list[list[str]]) -> str:
+    header, *lines = table
+    rows = [f"<tr>{''.join(f'<th>{html.escape(title)}</th>' for title in header)}</tr>"]
+    rows += [f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>" for line in lines]
+    return f"<table>{''.join(rows)}</table>"
 
 
 def rewrite(readme: Path, text: str) -> None:

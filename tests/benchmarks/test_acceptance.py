@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from benchmarks import acceptance
-from benchmarks.acceptance import acceptance_length, position_acceptance, score, summarise
+from benchmarks.acceptance import (
+    acceptance_length,
+    position_acceptance,
+    ratio_interval,
+    score,
+    summarise,
+)
 from benchmarks.engines import Answer
 from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
@@ -113,3 +119,14 @@ def test_loops_are_told_apart() -> None:
 def test_greedy_scoring_refuses_another_dtype(tmp_path: Path) -> None:
     with pytest.raises(GriffinError, match="float32"):
         acceptance.main([*models.arguments(tmp_path, "none"), "--dtype", "bfloat16"])
+
+
+def test_a_ratio_pairs_conversations_and_its_interval_holds_it() -> None:
+    ours = {str(i): [30 + i % 7, 15] for i in range(40)}
+    theirs = {name: [tokens - 5, passes] for name, (tokens, passes) in ours.items()}
+    ratio, (low, high) = ratio_interval(ours, {**theirs, "only here": [1000, 1]})
+    assert low < ratio < high
+    assert ratio == pytest.approx(sum(t for t, _ in ours.values()) / sum(t for t, _ in theirs.values()))
+    # paired: the spread between conversations, which both share, hardly widens the interval
+    assert high - low < 0.02
+    assert ratio_interval(ours, ours) == (1.0, (1.0, 1.0))

@@ -39,7 +39,11 @@ def folder(tmp_path: Path) -> Path:
         row("griffin", 1, **fast),
         row("griffin", 8, **fast | {"speedup": 0.9}),
     ]
-    acceptance = [row("griffin", 8, acceptance_length=2.345, position_acceptance=[0.8, 0.545])]
+    tau = {"acceptance_length": 2.345, "position_acceptance": [0.8, 0.545]}
+    acceptance = [
+        row("griffin", 8, **tau, conversations={"a": [30, 10], "b": [60, 20]}),
+        row("eagle", 8, **tau, conversations={"a": [20, 10], "b": [40, 20]}),
+    ]
     for name, rows in (("speed", speed), ("acceptance", acceptance)):
         record = {"settings": SETTINGS | {"benchmark": name}, "results": rows, "failures": []}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
@@ -61,6 +65,8 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "| data (20) | griffin (small) | 5 | 0 | 8 |" in printed
     assert "1.61 [1.50, 1.72]" in printed
+    for dataset in ("data", "all"):
+        assert f"| {dataset} | griffin (small) | eagle (small) | 5 | 0 | 1.500 [1.500, 1.500] |" in printed
     assert "| 2.35 |" in printed or "| 2.34 |" in printed
     for condition in ("2026-01-02", "A <fast> CPU", "vllm 0.32.0", "bfloat16", "libiomp5.so", "3 repeats"):
         assert condition in printed
