@@ -1,9 +1,11 @@
 """Training throughput and peak memory against the GRIFFIN authors' model code, side by side.
 
-Both sides train the same head (the target's sizes) with three draft steps on the same cached features, in
-bf16 autocast, in a process each, taking turns. Ours is ``DraftSteps`` with its default settings. The
-reference is its own model class from a checkout that you name, in a loop that computes the losses as its
-training script does: every position, the whole vocabulary, one backward pass a step.
+Both sides train the same head (the target's sizes) with three draft steps on the same features, in bf16
+autocast, in a process each, taking turns. The features are cached; with ``--target-in-loop`` the target
+computes them (and, for our side, its top-32 distributions) anew for every batch. Ours is ``DraftSteps`` with
+its default settings. The reference is its own model class from a checkout that you name, in a loop that
+computes the losses as its training script does: every position, the whole vocabulary, one backward pass a
+step.
 
     python benchmarks/trainer_throughput.py --target models/smollm2-135m-instruct --reference ../GRIFFIN
 """
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -34,7 +37,7 @@ from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.head import GriffinHead
 from griffin_vllm.training.steps import DraftSteps, StepWeights
-from griffin_vllm.training.target import Target, soft_targets
+from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
 WEIGHTS = StepWeights(v=1.0, p=0.1, k=0.5, decay=1.0)
 SIDES = ("ours", "reference")
@@ -49,12 +52,16 @@ def main(
     batches: Annotated[int, typer.Option(help="Timed batches a run, after one of warm-up.")] = 3,
     repeats: Annotated[int, typer.Option(help="Runs of each side, taking turns.")] = 3,
     sampled_tokens: Annotated[int, typer.Option(help="Ours: sampled vocabulary; 0 for all of it.")] = 4096,
+    target_in_loop: Annotated[bool, typer.Option(help="Compute the features for every batch.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     side: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Compare training throughput with the reference's model code."""
     if side is not None:
-        run = measure(side, target, reference, tokens, batch, draft_steps, batches, sampled_tokens or None)
+        sampled = sampled_tokens or None
+        run = measure(
+            side, target, reference, tokens, batch, draft_steps, batches, sampled, in_loop=target_in_loop
+        )
         print(json.dumps(run))
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
@@ -88,6 +95,7 @@ def main(
             "batch": batch,
             "draft_steps": draft_steps,
             "sampled_tokens": sampled_tokens,
+            "target_in_loop": target_in_loop,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -105,13 +113,26 @@ def measure(
     draft_steps: int,
     batches: int,
     sampled_tokens: int | None,
+    *,
+    in_loop: bool,
 ) -> dict[str, float]:
     """Train one side for a few batches; tokens/s and the process's peak resident memory."""
-    data, lm_head, embed_tokens, config = make_data(target, tokens, batch)
+    loaded = Target(target, torch.device("cpu"))
+    ids, cached = make_data(loaded, tokens, batch)
+    config, shared = sizes(loaded, tokens), loaded.shared
+
+    def data() -> Batch:
+        if not in_loop:
+            return cached
+        hidden = loaded.hidden_states(ids).float()
+        # the reference's loop makes its soft targets itself, over the whole vocabulary
+        soft = top_targets(hidden[:, 1:], shared.lm_head) if side == "ours" else cached.soft
+        return replace(cached, features=hidden[:, :-1], feature_targets=hidden[:, 1:], soft=soft)
+
     if side == "ours":
-        step = our_step(data, embed_tokens, lm_head, config, draft_steps, sampled_tokens)
+        step = our_step(data, shared, config, draft_steps, sampled_tokens)
     else:
-        step = reference_step(data, embed_tokens, lm_head, config, draft_steps, reference)
+        step = reference_step(data, shared, config, draft_steps, reference)
     step()
     start = time.perf_counter()
     for _ in range(batches):
@@ -121,27 +142,30 @@ def measure(
     return {"tokens_per_second": batches * batch * tokens / seconds, "peak_gib": peak}
 
 
-def make_data(target: Path, tokens: int, batch: int) -> tuple[Batch, Tensor, Tensor, HeadConfig]:
-    """Features at the scale of the target's and its top-32 distributions, as a cache would give them."""
-    loaded = Target(target, torch.device("cpu"))
-    hf, shared = loaded.config, loaded.shared
+def make_data(loaded: Target, tokens: int, batch: int) -> tuple[Tensor, Batch]:
+    """Random tokens (batch, tokens + 1), and features at the scale of the target's with their top-32
+    distributions, as a cache would give them."""
     torch.manual_seed(0)
-    ids = torch.randint(0, hf.vocab_size, (batch, tokens + 1))
-    features = torch.randn(batch, tokens + 1, hf.hidden_size) * 1.8
-    soft = soft_targets(features[:, 1:].flatten(0, 1).to(shared.lm_head.dtype), shared.lm_head, 32)
+    ids = torch.randint(0, loaded.config.vocab_size, (batch, tokens + 1))
+    features = torch.randn(batch, tokens + 1, loaded.config.hidden_size) * 1.8
+    soft = top_targets(features[:, 1:], loaded.shared.lm_head)
     loss_mask = torch.ones(batch, tokens, dtype=torch.bool)
     loss_mask[:, -1] = False
-    shape = (batch, tokens, 32)
-    data = Batch(
-        features[:, :-1],
-        features[:, 1:],
-        ids[:, :-1],
-        # The target's own choice: drafts then stay aligned about as often as in training.
-        soft.ids[:, 0].view(batch, tokens),
-        type(soft)(soft.ids.view(shape), soft.probabilities.view(shape)),
-        loss_mask,
-    )
-    config = HeadConfig(
+    # The target's own choice: drafts then stay aligned about as often as in training.
+    next_tokens = soft.ids[..., 0]
+    return ids, Batch(features[:, :-1], features[:, 1:], ids[:, :-1], next_tokens, soft, loss_mask)
+
+
+def top_targets(features: Tensor, lm_head: Tensor) -> SoftTargets:
+    """The target's 32 most likely tokens after each of ``features`` (B, T, d)."""
+    soft = soft_targets(features.flatten(0, 1).to(lm_head.dtype), lm_head, 32)
+    shape = (*features.shape[:2], 32)
+    return SoftTargets(soft.ids.view(shape), soft.probabilities.view(shape))
+
+
+def sizes(loaded: Target, tokens: int) -> HeadConfig:
+    hf = loaded.config
+    return HeadConfig(
         hidden_size=hf.hidden_size,
         intermediate_size=hf.intermediate_size,
         num_attention_heads=hf.num_attention_heads,
@@ -153,20 +177,17 @@ def make_data(target: Path, tokens: int, batch: int) -> tuple[Batch, Tensor, Ten
         rms_norm_eps=hf.rms_norm_eps,
         rope_theta=hf.rope_parameters["rope_theta"],
     )
-    return data, shared.lm_head, shared.embed_tokens, config
 
 
 def our_step(
-    data: Batch, embed_tokens: Tensor, lm_head: Tensor, config: HeadConfig, steps: int, sampled: int | None
+    data: Callable[[], Batch], shared: SharedWeights, config: HeadConfig, steps: int, sampled: int | None
 ) -> Callable[[], None]:
-    from griffin_vllm.training.target import SharedWeights
-
     head = GriffinHead(config, choose_attention("auto", torch.device("cpu")))
     head.reset_parameters(0.136, 1.8)
     # Every position stays in the loss, as on the reference's side: the mask would only help us.
     module = DraftSteps(
         head,
-        SharedWeights(embed_tokens, lm_head),
+        shared,
         alignment="off",
         align_top_k=3,
         sampled_tokens=sampled,
@@ -177,7 +198,7 @@ def our_step(
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            surrogate, _ = module(data, steps, WEIGHTS, 0)
+            surrogate, _ = module(data(), steps, WEIGHTS, 0)
         surrogate.backward()
         optimizer.step()
 
@@ -185,16 +206,17 @@ def our_step(
 
 
 def reference_step(
-    data: Batch, embed_tokens: Tensor, lm_head: Tensor, config: HeadConfig, steps: int, checkout: Path
+    source: Callable[[], Batch], shared: SharedWeights, config: HeadConfig, steps: int, checkout: Path
 ) -> Callable[[], None]:
-    model = reference_model(config, checkout)
-    model.embed_tokens.weight.data = embed_tokens.float()
+    model, lm_head = reference_model(config, checkout), shared.lm_head
+    model.embed_tokens.weight.data = shared.embed_tokens.float()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-5)
-    mask = data.loss_mask[..., None].float()
-    count = mask.sum() + 1e-5
 
     def step() -> None:
         optimizer.zero_grad()
+        data = source()
+        mask = data.loss_mask[..., None].float()
+        count = mask.sum() + 1e-5
         streams: Tensor | None = None
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             soft = F.linear(data.feature_targets, lm_head).float().softmax(-1)
