@@ -267,5 +267,65 @@ def inspect_head(
     raise typer.Exit(reason is not None)
 
 
+@app.command("tune", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def tune_head(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(help="Folder or Hub id of the target.", metavar="TARGET")],
+    name: Annotated[str, typer.Argument(help="Bundled name, folder or Hub id.", metavar="HEAD")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; by default tuning.json in the head's folder, where it is used."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts like yours, one a line.")] = None,
+    max_k: Annotated[int, typer.Option(min=1, max=16, help="Most draft tokens to try.")] = 5,
+    batch_sizes: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,2,4,8,16",
+    tokens: Annotated[int, typer.Option(min=8, help="Output tokens of each measured request.")] = 64,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the cost model against the measured speed.")
+    ] = False,
+) -> None:
+    """Measure how many tokens to draft on this machine, from one request at a time to many.
+
+    The result stands beside the head, and the plugin uses it for this head, machine and vLLM version when
+    no number of draft tokens is given. Run it on a machine that does nothing else, with the options of
+    `vllm serve` that you serve with: what is not listed below goes to vLLM.
+
+    Example: griffin tune models/smollm2-135m-instruct griffin:smollm2-135m-instruct --enforce-eager
+    """
+    from rich.console import Console
+
+    from griffin_vllm.checkpoint import PREFIX, find_head, open_head
+    from griffin_vllm.serving import tune as tuner
+
+    try:
+        sizes = sorted({int(size) for size in batch_sizes.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise GriffinError.at("griffin tune", "--batch-sizes", batch_sizes, "whole numbers like 1,2,4")
+    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else tuner.PROMPTS
+    asked = [line for line in lines if line.strip()]
+    if not asked:
+        raise GriffinError(f"{prompts}: holds no prompts")
+    head = open_head(find_head(name.removeprefix(PREFIX)))
+    tuning = tuner.tune(
+        target,
+        head,
+        asked,
+        max_k=max_k,
+        batch_sizes=sizes,
+        tokens=tokens,
+        engine_options=ctx.args,
+    )
+    path = out or head.folder / tuner.TUNING_FILE
+    tuner.write_tuning(path, tuning)
+    if explain:
+        Console().print(tuner.explain(tuning))
+    for first, last, k in tuning.schedule:
+        requests = f"{first}" if first == last else f"{first} to {last}"
+        typer.echo(f"{requests} requests at once: {f'{k} draft tokens' if k else 'no drafting'}")
+    typer.echo(f"{path}: written")
+
+
 if __name__ == "__main__":
     app()

@@ -29,6 +29,7 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tune import read_tuning
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -99,10 +100,18 @@ def resolve(
     head = open_head(find_head(_with_revision(model.removeprefix(PREFIX), given)))
     _check_fit(head, target, parallel)
     check_values(head)
+    given = {**_tuned(given, spec_tokens, head), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
+
+
+def _tuned(given: Mapping[str, Any], spec_tokens: int | None, head: Head) -> dict[str, Any]:
+    """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
+    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"} & given.keys()
+    tuning = None if said or spec_tokens is not None else read_tuning(head)
+    return tuning.speculative_config() if tuning else {}
 
 
 def _only_one(key: str, in_config: Any, flag: Any) -> Any:

@@ -1,0 +1,320 @@
+"""How many tokens to draft at each batch size on this machine: measured once, used by the plugin.
+
+A round of B requests with K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens, where
+``tau(K) = 1 + sum of the first K shares of accepted positions`` (a chain's acceptance at a position does
+not depend on how many follow). Both are measured on one engine whose number of drafts is changed while it
+runs, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats plain
+decoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from griffin_vllm.checkpoint import Head
+from griffin_vllm.config import METHOD
+from griffin_vllm.errors import GriffinError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+TUNING_FILE = "tuning.json"
+# Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
+# slower server, the gain that is given up is small.
+WORTH_IT = 1.03
+PROMPTS = (
+    "Explain how a bicycle stays upright, in words that a child understands.",
+    "Write a short email to a landlord about a broken heater.",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Show the steps.",
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
+    "List the advantages and disadvantages of working from home.",
+    "Tell a story about a lighthouse keeper who finds a message in a bottle.",
+    "Summarise the causes of the French Revolution in five sentences.",
+    "What should I pack for a week of hiking in the mountains?",
+)
+
+
+class Point(BaseModel):
+    """One measurement: milliseconds a round, tokens a request and round, tokens a second of the batch."""
+
+    batch_size: PositiveInt
+    num_speculative_tokens: NonNegativeInt
+    step_ms: PositiveFloat
+    acceptance_length: PositiveFloat
+    tokens_per_second: PositiveFloat
+
+
+class Tuning(BaseModel):
+    """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: str
+    vllm: str
+    target: str
+    weights: str
+    position_acceptance: list[float]
+    points: list[Point]
+    num_speculative_tokens: PositiveInt
+    schedule: list[tuple[int, int, int]]
+
+    def acceptance_length(self, k: int) -> float:
+        return 1 + sum(self.position_acceptance[:k])
+
+    def predicted(self, point: Point) -> float:
+        """Tokens a second by the cost model."""
+        tau = self.acceptance_length(point.num_speculative_tokens)
+        return 1000 * point.batch_size * tau / point.step_ms
+
+    def speculative_config(self) -> dict[str, Any]:
+        """The keys of vLLM's speculative config that this tuning sets."""
+        found: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
+        if {k for _, _, k in self.schedule} != {self.num_speculative_tokens}:
+            found["num_speculative_tokens_per_batch_size"] = self.schedule
+        return found
+
+
+def read_tuning(head: Head) -> Tuning | None:
+    """The tuning beside ``head``, unless it was made for other weights, another machine or vLLM.
+
+    Raises:
+        GriffinError: the file is damaged.
+    """
+    path = head.folder / TUNING_FILE
+    if not path.is_file():
+        return None
+    try:
+        tuning = Tuning.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise GriffinError(f"{path}: is not a tuning ({reason}); delete it or run `griffin tune`") from error
+    ours = (machine(), vllm_version(), weights_digest(head))
+    return tuning if (tuning.machine, tuning.vllm, tuning.weights) == ours else None
+
+
+def tune(
+    target: str,
+    head: Head,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    max_k: int = 5,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+    tokens: int = 64,
+    engine_options: Sequence[str] = (),
+) -> Tuning:
+    """Measure every K up to ``max_k`` at every batch size, ``tokens`` output tokens a request.
+
+    ``engine_options`` are options of ``vllm serve`` for the engine.
+
+    Raises:
+        GriffinError: the head does not fit the target, or this vLLM cannot change K while it runs.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    rendered = [_render(tokenizer, prompt) for prompt in prompts]
+    options = ["--max-model-len", str(max(map(len, rendered)) + tokens + max_k + 1), *engine_options]
+    points: list[Point] = []
+    accepted, rounds = [0] * max_k, 0
+    wanted = [(k, size) for size in sorted(batch_sizes) for k in range(max_k + 1)]
+    with _engine(target, head, max_k, max(batch_sizes), options) as engine:
+        drafts = _Drafts(engine)
+        drafts.set(max_k)
+        _decode(engine, rendered, 16)
+        for k, size in track(wanted, "measuring"):
+            drafts.set(k)
+            seconds, yields = _decode(engine, islice(cycle(rendered), size), tokens)
+            emitted = [count for step in yields for count in step]
+            point = Point(
+                batch_size=size,
+                num_speculative_tokens=k,
+                step_ms=1000 * seconds / len(yields),
+                acceptance_length=sum(emitted) / len(emitted),
+                tokens_per_second=sum(emitted) / seconds,
+            )
+            points.append(point)
+            if k == max_k:
+                rounds += len(emitted)
+                accepted = [n + sum(c > i for c in emitted) for i, n in enumerate(accepted, 1)]
+    shares = [count / rounds for count in accepted]
+    schedule = choose(points, shares)
+    return Tuning(
+        machine=machine(),
+        vllm=vllm_version(),
+        target=Path(target).name if Path(target).exists() else target,
+        weights=weights_digest(head),
+        position_acceptance=shares,
+        points=points,
+        num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
+        schedule=schedule,
+    )
+
+
+def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> list[tuple[int, int, int]]:
+    """The best K for each measured batch size, as ranges; a size in between gets the next larger one's."""
+
+    def speed(point: Point) -> float:
+        return (1 + sum(position_acceptance[: point.num_speculative_tokens])) / point.step_ms
+
+    schedule: list[tuple[int, int, int]] = []
+    for size in sorted({point.batch_size for point in points}):
+        own = {point.num_speculative_tokens: speed(point) for point in points if point.batch_size == size}
+        best = max(own, key=lambda k: own[k])
+        k = best if own[best] >= WORTH_IT * own[0] else 0
+        first = schedule[-1][1] + 1 if schedule else 1
+        if schedule and schedule[-1][2] == k:
+            first = schedule.pop()[0]
+        schedule.append((first, size, k))
+    return schedule
+
+
+def write_tuning(path: Path, tuning: Tuning) -> None:
+    """Write ``path`` whole or not at all.
+
+    Raises:
+        GriffinError: it cannot be written.
+    """
+    staging = path.with_name(path.name + ".part")
+    try:
+        staging.write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
+
+
+def explain(tuning: Tuning) -> Table:
+    """The cost model against what was measured."""
+    table = Table(
+        "requests", "K", "ms a round", "tau", "tokens/s, model", "tokens/s, measured", "ratio to plain"
+    )
+    plain = {point.batch_size: point for point in tuning.points if point.num_speculative_tokens == 0}
+    for point in tuning.points:
+        k = point.num_speculative_tokens
+        chosen = any(first <= point.batch_size <= last and k == best for first, last, best in tuning.schedule)
+        table.add_row(
+            str(point.batch_size),
+            str(k),
+            f"{point.step_ms:.1f}",
+            f"{tuning.acceptance_length(k):.2f}",
+            f"{tuning.predicted(point):.1f}",
+            f"{point.tokens_per_second:.1f}",
+            f"{tuning.predicted(point) / tuning.predicted(plain[point.batch_size]):.2f}",
+            style="bold" if chosen else "",
+        )
+    return table
+
+
+def machine() -> str:
+    """The machine that a tuning holds for: device, processor and cores."""
+    from vllm.platforms import current_platform
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return f"{current_platform.get_device_name()}, {processor}, {os.cpu_count()} cores"
+
+
+def vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__
+
+
+def weights_digest(head: Head) -> str:
+    return hashlib.sha256(head.weights.read_bytes()).hexdigest()[:16]
+
+
+@contextmanager
+def _engine(
+    target: str, head: Head, max_k: int, max_batch: int, options: Sequence[str]
+) -> Iterator[LLMEngine]:
+    # the scheduler, whose number of drafts is changed, must be in this process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from vllm import EngineArgs
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="griffin tune"))
+    arguments = EngineArgs.from_cli_args(parser.parse_args(["--model", target, *options]))
+    arguments.max_num_seqs = max_batch
+    arguments.enable_prefix_caching = False
+    arguments.speculative_config = {
+        "method": METHOD,
+        "model": str(head.folder),
+        "num_speculative_tokens": max_k,
+        "num_speculative_tokens_per_batch_size": [(1, max_batch, max_k)],
+    }
+    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        del engine
+        cleanup_dist_env_and_memory()
+
+
+class _Drafts:
+    """The number of drafts of a running engine (``vllm/v1/core/sched/scheduler.py``)."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        core: Any = engine.engine_core
+        self.lookup: list[int] = getattr(core.engine_core.scheduler, "dynamic_sd_lookup", None) or []
+        if not self.lookup:
+            raise GriffinError("griffin tune: this vLLM cannot change the number of drafts while it runs")
+
+    def set(self, k: int) -> None:
+        self.lookup[1:] = [k] * (len(self.lookup) - 1)
+
+
+def _decode(engine: LLMEngine, prompts: Iterable[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
+    """Answer ``prompts`` (token ids) at once; seconds and, round by round, the tokens of each request,
+    counted while all of them are decoding."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    parameters = SamplingParams(
+        temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    waiting = set()
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
+        waiting.add(str(number))
+    rounds: list[list[int]] = []
+    seconds, started = 0.0, 0.0
+    finished = False
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        counts = [len(output.outputs[0].token_ids) for output in outputs]
+        if not waiting and not finished and any(counts):
+            rounds.append([count for count in counts if count])
+            seconds += now - started
+        waiting -= {output.request_id for output, count in zip(outputs, counts, strict=True) if count}
+        finished = finished or any(output.finished for output in outputs)
+        started = now
+    return seconds, rounds
+
+
+def _render(tokenizer: Any, prompt: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )

@@ -1,0 +1,108 @@
+"""`griffin tune` finds what pays on this machine, and the plugin uses it where nothing else was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from griffin_vllm.checkpoint import open_head
+from griffin_vllm.cli import app
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving import tune
+from griffin_vllm.serving.tune import Point, Tuning, choose, read_tuning, write_tuning
+from tests.serving import tiny
+
+
+def point(size: int, k: int, step_ms: float) -> Point:
+    return Point(
+        batch_size=size,
+        num_speculative_tokens=k,
+        step_ms=step_ms,
+        acceptance_length=1.0,
+        tokens_per_second=1.0,
+    )
+
+
+def test_each_batch_size_gets_the_drafts_that_pay_there_and_none_where_none_do() -> None:
+    costs = {1: (40, 44, 50), 2: (40, 44, 50), 8: (40, 50, 80), 16: (40, 70, 120)}
+    points = [point(size, k, step) for size, steps in costs.items() for k, step in enumerate(steps)]
+    # tau is 1, 1.5 and 1.8
+    assert choose(points, [0.5, 0.3]) == [(1, 2, 2), (3, 8, 1), (9, 16, 0)]
+
+
+def test_a_gain_within_the_noise_leaves_drafting_off() -> None:
+    assert choose([point(1, 0, 40), point(1, 1, 59.9)], [0.5]) == [(1, 1, 0)]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Path:
+    return tiny.write_head(tmp_path / "head")
+
+
+def tuning(head: Path, **changes: object) -> Tuning:
+    found = Tuning(
+        machine=tune.machine(),
+        vllm=tune.vllm_version(),
+        target="target",
+        weights=tune.weights_digest(open_head(head)),
+        position_acceptance=[0.5],
+        points=[point(1, 0, 40), point(1, 1, 44)],
+        num_speculative_tokens=1,
+        schedule=[(1, 1, 1), (2, 4, 0)],
+    )
+    return found.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("other", [{"machine": "another"}, {"vllm": "0.1"}, {"weights": "0" * 16}])
+def test_a_tuning_of_another_machine_vllm_or_head_is_not_used(head: Path, other: dict[str, str]) -> None:
+    write_tuning(head / tune.TUNING_FILE, tuning(head))
+    assert read_tuning(open_head(head)) == tuning(head)
+    write_tuning(head / tune.TUNING_FILE, tuning(head, **other))
+    assert read_tuning(open_head(head)) is None
+
+
+def test_a_damaged_tuning_is_named(head: Path) -> None:
+    (head / tune.TUNING_FILE).write_text("{")
+    with pytest.raises(GriffinError, match=r"tuning\.json: is not a tuning"):
+        read_tuning(open_head(head))
+
+
+def test_a_schedule_of_one_number_is_no_schedule(head: Path) -> None:
+    assert tuning(head, schedule=[(1, 4, 1)]).speculative_config() == {"num_speculative_tokens": 1}
+    assert tuning(head).speculative_config() == {
+        "num_speculative_tokens": 1,
+        "num_speculative_tokens_per_batch_size": [(1, 1, 1), (2, 4, 0)],
+    }
+
+
+def test_the_command_measures_and_the_plugin_uses_what_it_wrote(tmp_path: Path, head: Path) -> None:
+    from vllm import EngineArgs
+
+    target = str(tiny.write_target(tmp_path / "target"))
+    options = ["--max-k", "2", "--batch-sizes", "1,2", "--tokens", "16", "--explain"]
+    engine = ["--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 26)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        done = CliRunner().invoke(app, ["tune", target, str(head), *options, *engine], catch_exceptions=False)
+    assert done.exit_code == 0
+    found = read_tuning(open_head(head))
+    assert found is not None
+    assert [(one.batch_size, one.num_speculative_tokens) for one in found.points] == [
+        (size, k) for size in (1, 2) for k in (0, 1, 2)
+    ]
+    # plain rounds yield one token, drafting ones more
+    assert {one.acceptance_length for one in found.points if not one.num_speculative_tokens} == {1.0}
+    assert all(one.acceptance_length > 1 for one in found.points if one.num_speculative_tokens)
+    assert found.acceptance_length(2) > found.acceptance_length(1) > 1.1
+
+    write_tuning(head / tune.TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
+
+    def configured(**asked: object) -> object:
+        arguments = EngineArgs(model=target, max_model_len=128, spec_model=f"griffin:{head}", **asked)
+        speculative = arguments.create_engine_config().speculative_config
+        return speculative.num_speculative_tokens, speculative.num_speculative_tokens_per_batch_size
+
+    assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)])
+    assert configured(spec_tokens=3) == (3, None)
