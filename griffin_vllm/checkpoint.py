@@ -35,7 +35,9 @@ DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
 _FLOAT_DTYPES = {"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}
 _INTEGER_DTYPES = {"I64", "I32", "BOOL", "INT64", "INT32"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# Tensor name -> (shape, dtype name).
+TensorHeaders = dict[str, tuple[tuple[int, ...], str]]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
 def tensor_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
@@ -140,8 +142,14 @@ def open_head(folder: Path) -> Head:
     )
     if weights is None:
         raise GriffinError(f"{folder}: has no {SAFETENSORS_FILE} or {PICKLE_FILE}")
+    # Other speculators' configs have features that ours lacks: say what the head is before complaining of those.
+    found = _tensor_headers(weights)
+    if FUSION_UP_PROJ not in found:
+        raise GriffinError(
+            f"{weights}: has no {FUSION_UP_PROJ}, so it is not a GRIFFIN head{_other_model(set(found))}"
+        )
     config = HeadConfig.read(folder / CONFIG_FILE)
-    _check_tensors(weights, config)
+    _check_tensors(weights, found, config)
     return Head(folder, weights, config)
 
 
@@ -168,7 +176,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         return _load_pickle(path)
     except (SafetensorError, OSError) as error:
-        raise GriffinError(f"{path}: is not a readable safetensors file ({error})") from error
+        raise GriffinError(
+            f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
+        ) from error
 
 
 def check_values(head: Head) -> None:
@@ -210,16 +220,22 @@ def save_head(
 
     ``config`` is the JSON object of either layout; floating-point ``tensors`` are written as ``dtype``
     (None: as they are).
+
+    Raises:
+        GriffinError: it cannot be written; an old head is untouched.
     """
     stored = {
         name: (tensor.to(dtype or tensor.dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in tensors.items()
     }
-    with atomic_folder(folder) as staging:
-        save_file(stored, staging / SAFETENSORS_FILE, metadata={"format": "pt"})
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (staging / "README.md").write_text(card, encoding="utf-8")
+    try:
+        with atomic_folder(folder) as staging:
+            save_file(stored, staging / SAFETENSORS_FILE, metadata={"format": "pt"})
+            (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if card is not None:
+                (staging / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
 
 
 @contextmanager
@@ -254,10 +270,24 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise GriffinError.at(path, "content", type(state).__name__, "a state dict (names to tensors)")
+    for name, value in state.items():
+        if not _is_stored_whole(value):
+            raise GriffinError.at(
+                path, "a tensor's shape", {name: tuple(value.shape)}, "as many numbers in the file"
+            )
     return state
 
 
-def _tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def _is_stored_whole(tensor: torch.Tensor) -> bool:
+    """False for what a pickle can claim at no cost in bytes: expanded, sparse and meta tensors."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _tensor_headers(path: Path) -> TensorHeaders:
     """Shape and dtype name of every tensor, without reading a safetensors file's data."""
     if path.suffix != ".safetensors":
         return {
@@ -269,15 +299,13 @@ def _tensor_headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise GriffinError(f"{path}: is not a readable safetensors file ({error})") from error
+        raise GriffinError(
+            f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
+        ) from error
 
 
-def _check_tensors(path: Path, config: HeadConfig) -> None:
-    found = _tensor_headers(path)
+def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig) -> None:
     expected = tensor_shapes(config)
-    if FUSION_UP_PROJ not in found:
-        kind = _other_speculator(set(found))
-        raise GriffinError(f"{path}: has no {FUSION_UP_PROJ}, so it is not a GRIFFIN head{kind}")
     for name, shape in expected.items():
         if name not in found:
             raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
@@ -300,16 +328,18 @@ def _check_tensors(path: Path, config: HeadConfig) -> None:
         )
 
 
-def _other_speculator(names: set[str]) -> str:
+def _other_model(names: set[str]) -> str:
     if (
         any("hidden_norm" in name or "fc_norm" in name for name in names)
         or "midlayer.mlp.up_proj.weight" in names
     ):
         return "; it looks like an EAGLE-3 head (vLLM's method 'eagle3')"
-    if "fc.weight" in names:
+    if "fc.weight" in names or "fusion_fc.weight" in names:
         return "; it looks like an EAGLE or HASS head (vLLM's method 'eagle')"
     if any("medusa" in name for name in names) or any(re.fullmatch(r"\d+\.\d+\..*", n) for n in names):
         return "; it looks like Medusa heads (vLLM's method 'medusa')"
+    if "model.norm.weight" in names or "lm_head.weight" in names:
+        return "; it looks like a whole model"
     return ""
 
 

@@ -198,9 +198,10 @@ class HeadConfig(BaseModel):
             if first["type"] == "missing":
                 raise GriffinError(f"{path}: {field} is missing, expected one of the head's sizes") from error
             raise GriffinError.at(path, field, first["input"], expected) from error
-        return config._checked(path)
+        return config.checked(path)
 
-    def _checked(self, path: Path) -> HeadConfig:
+    def checked(self, path: Path) -> HeadConfig:
+        """This config, unless its sizes (read from ``path``) contradict each other: then GriffinError."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise GriffinError.at(
                 path,

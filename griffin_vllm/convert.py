@@ -16,6 +16,8 @@ from griffin_vllm.checkpoint import (
     open_head,
     save_head,
 )
+from griffin_vllm.config import read_json
+from griffin_vllm.errors import GriffinError
 
 
 def convert(source: Path, destination: Path, target: str | None = None) -> Head:
@@ -36,12 +38,15 @@ def convert(source: Path, destination: Path, target: str | None = None) -> Head:
 
 
 def cached_served_layout(head: Head, cache: Path) -> Path:
-    """Folder of ``head`` in the served layout: its own, or one below ``cache`` made on first use.
+    """A folder in which vLLM reads nothing of ``head`` but what was checked: its own, or one below ``cache``.
 
-    Safetensors are linked to, not copied. The cache entry is named by what was converted, so a head
-    that changes on disk gets a new one.
+    The one in the cache is made on first use; it links to safetensors instead of copying them, and is named
+    by what was converted, so a head that changes on disk gets a new one.
+
+    Raises:
+        GriffinError: the cache cannot be written.
     """
-    if head.is_served_layout:
+    if _is_served_as_it_is(head):
         return head.folder
     served = json.dumps(head.config.to_served(), indent=2) + "\n"
     stat = head.weights.stat()
@@ -49,10 +54,24 @@ def cached_served_layout(head: Head, cache: Path) -> Path:
     folder = cache / f"{head.folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
-    if head.weights.suffix == ".safetensors":
+    if head.weights.suffix != ".safetensors":
+        return convert(head.folder, folder).folder
+    try:
         with atomic_folder(folder) as staging:
             (staging / SAFETENSORS_FILE).symlink_to(head.weights)
             (staging / CONFIG_FILE).write_text(served, encoding="utf-8")
-    else:
-        convert(head.folder, folder)
+    except OSError as error:
+        raise GriffinError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return folder
+
+
+def _is_served_as_it_is(head: Head) -> bool:
+    """Whether the folder holds our config to the letter, and no other weights, index or config beside it.
+
+    vLLM would read whatever else a config says (code to import, a quantisation), and other weights files.
+    """
+    beside = {path.name for path in head.folder.iterdir() if path.suffix in (".bin", ".json", ".safetensors")}
+    return (
+        beside == {CONFIG_FILE, SAFETENSORS_FILE}
+        and read_json(head.folder / CONFIG_FILE) == head.config.to_served()
+    )

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 
 # A bad file can hold a megabyte in one field; the message stays one readable line.
 MAX_SHOWN = 120
+# Nor is all of a nested value written out first: a few lines of YAML can name more items than memory holds.
+_shortly = reprlib.Repr()
+_shortly.maxlevel, _shortly.maxstring, _shortly.maxother = 3, MAX_SHOWN, MAX_SHOWN
 
 
 class GriffinError(ValueError):
     """Bad input, said in one line: which file, which field, what was found, what was expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
     @classmethod
     def at(cls, where: str | Path, field: str, found: object, expected: str) -> GriffinError:
         """Build the usual message, for example
         ``heads/x/config.json: hidden_size is 512, expected 576 (the target's hidden size)``.
         """
-        shown = repr(found)
+        shown = _shortly.repr(found)
         if len(shown) > MAX_SHOWN:
             shown = shown[:MAX_SHOWN] + "..."
         return cls(f"{where}: {field} is {shown}, expected {expected}")
 
     @staticmethod
     def reason(error: BaseException) -> str:
-        """First line of another library's error, for the end of a message."""
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        """First line of another library's error, or an ``OSError``'s reason, for the end of a message."""
+        text = getattr(error, "strerror", None) or str(error)
+        return (text.splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from griffin_vllm.checkpoint import open_head, tensor_shapes
 from griffin_vllm.cli import app
 from griffin_vllm.config import HeadConfig
+from tests.full_disk import full_disk
 
 CONFIG = HeadConfig(
     hidden_size=64,
@@ -81,3 +82,16 @@ def test_inspect_of_something_else_is_one_line_and_status_2(tmp_path: Path) -> N
     status, output = run("inspect", tmp_path)
     assert status == 2
     assert "has no model.safetensors or pytorch_model.bin" in output
+
+
+def test_a_destination_that_cannot_be_written_is_one_line_and_status_2(
+    published: Path, tmp_path: Path
+) -> None:
+    status, output = run("convert", published, published / "config.json" / "out")
+    assert status == 2
+    assert output == f"error: {published / 'config.json' / 'out'}: cannot be written (File exists)\n"
+    with full_disk():
+        status, output = run("convert", published, tmp_path / "out")
+    assert status == 2
+    assert output.startswith(f"error: {tmp_path / 'out'}: cannot be written (")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["published"]

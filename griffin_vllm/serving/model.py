@@ -144,10 +144,8 @@ class GriffinDecoderLayer(nn.Module):
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
-            # The head drafts at the target's positions, however short the text it was trained on.
-            max_position_embeddings=max(
-                config.max_position_embeddings, vllm_config.model_config.max_model_len
-            ),
+            # The head drafts at the target's positions, whatever lengths its own config tells of.
+            max_position_embeddings=vllm_config.model_config.max_model_len,
             quant_config=quant_config,
             bias=config.qkv_bias,
             cache_config=vllm_config.cache_config,

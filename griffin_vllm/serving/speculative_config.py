@@ -224,7 +224,11 @@ def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConf
     k: Any = next((value for value in (flag, in_config) if value is not None), recommended)
     limit = min(MAX_SPECULATIVE_TOKENS, target.max_model_len - 1)
     if type(k) is not int or not 0 < k <= limit:
+        asked = flag is not None or in_config is not None
         raise GriffinError.at(
-            "speculative_config", "num_speculative_tokens", k, f"a whole number from 1 to {limit}"
+            "speculative_config" if asked else head.folder / CONFIG_FILE,
+            "num_speculative_tokens",
+            k,
+            f"a whole number from 1 to {limit}",
         )
     return k

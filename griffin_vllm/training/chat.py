@@ -88,12 +88,13 @@ class ChatTarget:
             GriffinError: it cannot be read, or has no chat template.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(target)
-            vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+            vocab_size = config.get_text_config().vocab_size
+        except Exception as error:  # a damaged tokenizer.json is a bare Exception
             raise GriffinError(
                 f"{target}: no tokenizer and config of a target could be loaded from it "
-                f"({str(error).splitlines()[0]})"
+                f"({GriffinError.reason(error)})"
             ) from error
         if not tokenizer.chat_template:
             raise GriffinError(f"{target}: its tokenizer has no chat template; conversations need one")

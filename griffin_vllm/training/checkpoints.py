@@ -51,7 +51,9 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
         SafetensorError,
     ) as error:  # torch.save's error for a full disk is the second
         kept = latest_checkpoint(folder)
-        raise GriffinError(f"{path}: cannot be written ({error}); the last good one is {kept}") from error
+        raise GriffinError(
+            f"{path}: cannot be written ({GriffinError.reason(error)}); the last good one is {kept}"
+        ) from error
     for old in _checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old)
     return path
@@ -69,7 +71,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         )
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, UnpicklingError) as error:
         raise GriffinError(
-            f"{path}: is damaged ({error}); remove it to continue from the one before"
+            f"{path}: is damaged ({GriffinError.reason(error)}); remove it to continue from the one before"
         ) from error
 
 

@@ -35,7 +35,7 @@ METHODS: dict[Method, tuple[HeadName, AlignmentRule]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Stage(Section):
@@ -116,7 +116,7 @@ class TrainConfig(Section):
     loops: Literal["keep", "drop"] = Field(
         "keep", description="what to do with answers that repeat themselves"
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     num_speculative_tokens: PositiveInt = Field(5, description="K for validation and for the served head")
     validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
@@ -157,18 +157,21 @@ class TrainConfig(Section):
 
     @classmethod
     def check(cls, values: dict[str, Any], path: Path) -> TrainConfig:
-        for name in values:
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(name, cls.model_fields, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise GriffinError(f"{path}: unknown option {name!r}{hint}")
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise GriffinError.at(
-                path, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]
-            ) from error
+            # a misspelt option before the one that is missing for it
+            unknown = ("extra_forbidden", "invalid_key")
+            first = min(error.errors(), key=lambda one: one["type"] not in unknown)
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "missing":
+                raise GriffinError(f"{path}: {name} is missing") from error
+            if first["type"] in unknown:
+                known = cls.model_fields if len(first["loc"]) == 1 else Stage.model_fields
+                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise GriffinError(f"{path}: unknown option {name!r}{hint}") from error
+            raise GriffinError.at(path, name, first.get("input"), first["msg"]) from error
         if config.method == "eagle" and any(stage.draft_steps > 1 for stage in config.stages):
             raise GriffinError.at(
                 path, "stages", "more than one draft step", "one (method eagle; hass has more)"
@@ -185,18 +188,27 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise GriffinError(f"{path}: is not UTF-8 text ({error})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise GriffinError(f"{path}: {line}is not valid YAML ({getattr(error, 'problem', error)})") from error
     if not isinstance(values, dict):
         raise GriffinError.at(path, "top level", type(values).__name__, "settings, one `name: value` a line")
     return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value in ``text``; what is wrong with it is said of ``where``, with the line."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        reason = getattr(error, "problem", None) or GriffinError.reason(error)
+        raise GriffinError(f"{where}: {line}is not valid YAML ({reason})") from error
+    except (ValueError, RecursionError) as error:  # a date or a number that is none; nested without end
+        raise GriffinError(f"{where}: is not valid YAML ({GriffinError.reason(error)})") from error
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -211,7 +223,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise GriffinError(f"--{name} has no value")
             value = rest.pop(0)
-        pairs.append((name.replace("-", "_"), yaml.safe_load(value)))
+        pairs.append((name.replace("-", "_"), parse_yaml(value, f"--{name}")))
     return pairs
 
 
@@ -219,15 +231,12 @@ def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
     """Set ``stages.0.epochs`` and the like in place."""
     *parents, last = key.split(".")
     place: Any = values
-    for parent in parents:
-        try:
+    try:
+        for parent in parents:
             place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-        except (ValueError, IndexError) as error:
-            raise GriffinError(f"--{key}: {parent!r} is not in the settings") from error
-    if isinstance(place, list):
-        place[int(last)] = value
-    else:
-        place[last] = value
+        place[int(last) if isinstance(place, list) else last] = value
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise GriffinError(f"--{key}: is not among the settings") from error
 
 
 def describe_settings() -> list[tuple[str, str, str]]:

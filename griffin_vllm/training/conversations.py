@@ -212,7 +212,7 @@ def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
             if not isinstance(turns, list) or not turns:
                 raise RecordError("no turns")
             return turns
-    if isinstance(record.get("turns"), list):
+    if isinstance(record.get("turns"), list) and record["turns"]:
         return [{"role": "user", "content": turn} for turn in record["turns"]]
     if "prompt" in record:
         return [{"role": "user", "content": record["prompt"]}]

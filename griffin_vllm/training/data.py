@@ -143,6 +143,11 @@ class TokenDataset:
             raise GriffinError(
                 f"{folder / f'{split}.offsets.npy'}: does not rise from 0 to {counts.tokens} tokens"
             )
+        largest = int(self._tokens.max(initial=0))
+        if largest >= self.manifest.vocab_size:
+            raise GriffinError.at(
+                folder / f"{split}.tokens.npy", "a token id", largest, f"below {self.manifest.vocab_size}"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -412,7 +417,7 @@ def _load(folder: Path, split: str, name: str, dtype: np.dtype, length: int) -> 
     try:
         array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise GriffinError(f"{path}: cannot be read ({error})") from error
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
     if array.dtype != dtype or array.shape != (length,):
         raise GriffinError.at(path, "array", (str(array.dtype), array.shape), f"{dtype} of shape {(length,)}")
     return array

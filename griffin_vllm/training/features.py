@@ -138,7 +138,7 @@ def _matches(folder: Path, manifest: CacheManifest) -> bool:
     try:
         return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == asdict(manifest)
     except ValueError as error:
-        raise GriffinError(f"{path}: is not valid JSON ({error})") from error
+        raise GriffinError(f"{path}: is not valid JSON ({GriffinError.reason(error)})") from error
 
 
 def shards(lengths: Sequence[int]) -> list[range]:

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoTokenizer
 
-from griffin_vllm.checkpoint import EMBEDDINGS, find_head, load_tensors, open_head
-from griffin_vllm.config import HeadConfig
+from griffin_vllm.checkpoint import EMBEDDINGS, check_values, find_head, load_tensors, open_head
+from griffin_vllm.config import HeadConfig, read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
+from griffin_vllm.training.chat import ChatTarget
 from griffin_vllm.training.checkpoints import (
     TrainingState,
     latest_checkpoint,
@@ -89,15 +89,15 @@ class Trainer:
         self.console = Console(stderr=True)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         self.device = self.accelerator.device
-        with self.accelerator.main_process_first():
-            claim_output(config)
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
         self.hf_config = target_config(config.target)
-        tokenizer = AutoTokenizer.from_pretrained(config.target, trust_remote_code=False)
-        self.train_data.check_target(tokenizer, self.hf_config.vocab_size)
+        chat = ChatTarget.load(str(config.target))
+        self.train_data.check_target(chat.tokenizer, chat.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()))
+        with self.accelerator.main_process_first():
+            claim_output(config)
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         self.plan = plan_steps(self.train_data, config)
@@ -371,7 +371,7 @@ def claim_output(config: TrainConfig) -> None:
     path = config.output / "config.json"
     settings = config.model_dump(mode="json")
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for name, value in settings.items():
             if before.get(name) != value:
                 raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another output folder")
@@ -386,7 +386,9 @@ def claim_output(config: TrainConfig) -> None:
 def head_config(config: TrainConfig, target: Any, trained_context_length: int) -> HeadConfig:
     """The head's sizes: the target's, unless the settings or ``init_from`` say otherwise."""
     if config.init_from is not None:
-        sizes = open_head(find_head(config.init_from)).config.model_dump()
+        start = open_head(find_head(config.init_from))
+        check_values(start)
+        sizes = start.config.model_dump()
     else:
         heads = target.num_attention_heads
         sizes = {
@@ -406,8 +408,8 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
         "num_speculative_tokens": config.num_speculative_tokens,
         "trained_context_length": trained_context_length,
     }
-    head = HeadConfig(**sizes | provenance)
     where = Path(config.init_from or config.target)
+    head = HeadConfig(**sizes | provenance).checked(where)
     head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
     return head
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -49,8 +50,10 @@ class Target:
         self.config = target_config(path)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise GriffinError(f"{path}: cannot be loaded as a target ({error})") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise GriffinError(
+                f"{path}: cannot be loaded as a target ({GriffinError.reason(error)})"
+            ) from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         embed_tokens = model.get_input_embeddings().weight
@@ -88,4 +91,6 @@ def target_config(path: Path | str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError) as error:
-        raise GriffinError(f"{path}: has no readable config.json of a target ({error})") from error
+        raise GriffinError(
+            f"{path}: has no readable config.json of a target ({GriffinError.reason(error)})"
+        ) from error

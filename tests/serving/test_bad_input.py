@@ -1,4 +1,9 @@
-"""Bad input ends in one clear line (file, field, found, expected) before any model loads."""
+"""Bad input ends in one clear line (file, field, found, expected) before any model loads.
+
+Tables of what an operator can get wrong go through the real command, ``vllm serve``, and assert its exit
+status, its last line and the seconds that it took; the target's folder holds no weights that could load.
+Variants of one case go through ``EngineArgs``, which that command calls.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +11,55 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("vllm")
 
+from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.speculative_config import resolve
 from tests.serving import tiny
+from tests.serving.vllm_command import VllmCommand, vllm_command
 
 D = tiny.HIDDEN_SIZE
+SECONDS = 10
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    tiny.write_target(folder / "target")
+    target = tiny.write_target(folder / "target")
+    shutil.copy(target / "model.safetensors", folder / "target.safetensors")
+    (target / "model.safetensors").unlink()
     tiny.write_head(folder / "head")
     return folder
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[VllmCommand]:
+    with vllm_command() as command:
+        yield command
+
+
+def refusal(vllm: VllmCommand, models: Path, *flags: str, status: int = 1) -> str:
+    """The one line with which ``vllm serve`` refuses, soon and before a process for a model is started."""
+    start = time.monotonic()
+    run = vllm.run("serve", str(models / "target"), "--max-model-len", "256", *flags)
+    assert run.status == status, run.output
+    assert time.monotonic() - start < SECONDS
+    assert "EngineCore" not in run.output
+    return run.last_line
 
 
 @pytest.fixture
@@ -39,9 +67,10 @@ def head(models: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(models / "head", tmp_path / "head"))
 
 
-def configure(models: Path, **arguments: Any) -> None:
+def configure(models: Path, **arguments: Any) -> Any:
+    """vLLM's speculative config."""
     defaults: dict[str, Any] = {"model": str(models / "target"), "max_model_len": 256}
-    EngineArgs(**(defaults | arguments)).create_engine_config()
+    return EngineArgs(**(defaults | arguments)).create_engine_config().speculative_config
 
 
 def edit_config(head: Path, **changes: Any) -> None:
@@ -132,16 +161,189 @@ HEADS: dict[str, tuple[Callable[[Path], object], str]] = {
         point_at_itself,
         "no bundled head, folder or Hub id|cannot be read",
     ),
+    "weights are a symlink loop": (
+        lambda h: link(h / "model.safetensors", h / "model.safetensors"),
+        "has no model.safetensors",
+    ),
+    "weights are a device": (
+        lambda h: link(h / "model.safetensors", Path("/dev/zero")),
+        "has no model.safetensors",
+    ),
+    "config is a device": (
+        lambda h: link(h / "config.json", Path("/dev/zero")),
+        r"config\.json: is missing or not a regular file",
+    ),
+    "index that leads out of the folder": (
+        lambda h: (h / "model.safetensors").rename(h / "model.safetensors.index.json"),
+        "has no model.safetensors",
+    ),
+    "pickle that runs code": (
+        lambda h: write_pickle(h, {"fc.fc.bias": MakesAFolder(h / "ran")}),
+        r"pytorch_model\.bin: is not a plain PyTorch weights file; code in a pickle is never run",
+    ),
+    "pickle that claims more than it holds": (
+        lambda h: write_pickle(h, {"fc.mlp.up_proj.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}),
+        r"a tensor's shape is \{'fc\.mlp\.up_proj\.weight': \(1048576, 1048576\)\}, expected as many",
+    ),
+    "a whole model": (
+        lambda h: shutil.copy(h.parent / "target.safetensors", h / "model.safetensors"),
+        "is not a GRIFFIN head; it looks like a whole model",
+    ),
+    "EAGLE-3 head with its own config": (
+        lambda h: write_eagle3(h),
+        r"model\.safetensors: has no fc\.mlp\.up_proj\.weight.* looks like an EAGLE-3 head",
+    ),
+    "EAGLE-3 head in speculators' format": (
+        lambda h: edit_config(h, speculators_model_type="eagle3"),
+        "speculators_model_type is 'eagle3', expected 'griffin'",
+    ),
+    "width that the heads do not divide": (
+        lambda h: edit_config(h, num_attention_heads=3, head_dim=None),
+        "hidden_size is 64, expected a multiple of num_attention_heads=3",
+    ),
+    "recommended K that cannot be": (
+        lambda h: edit_config(
+            h,
+            speculators_config={
+                "verifier": {"name_or_path": None},
+                "proposal_methods": [{"speculative_tokens": 10**9}],
+            },
+        ),
+        r"config\.json: num_speculative_tokens is 1000000000, expected a whole number from 1 to 128",
+    ),
 }
 
 
+def link(path: Path, to: Path) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
+class MakesAFolder:
+    """Unpickling this creates ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def write_pickle(head: Path, state: dict[str, Any]) -> None:
+    (head / "model.safetensors").unlink()
+    torch.save(state, head / "pytorch_model.bin")
+
+
+def write_eagle3(head: Path) -> None:
+    scaled = {"rope_type": "llama3", "factor": 8.0}
+    config = tiny.CONFIG.layer_config("llama") | {"rope_parameters": None, "rope_scaling": scaled}
+    (head / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLMEagle3"]}))
+    write_tensors(head, fc__weight=(D, 3 * D), midlayer__hidden_norm__weight=(D,), d2t=(9,))
+
+
 @pytest.mark.parametrize("name", HEADS)
-def test_broken_heads_are_refused(models: Path, head: Path, name: str) -> None:
+def test_broken_heads_are_refused(vllm: VllmCommand, models: Path, head: Path, name: str) -> None:
     spoil, message = HEADS[name]
+    shutil.copy(models / "target.safetensors", head.parent)
     spoil(head)
-    with pytest.raises(GriffinError, match=message) as error:
-        configure(models, spec_model=f"griffin:{head}")
-    assert "\n" not in str(error.value)
+    line = refusal(vllm, models, "--speculative-model", f"griffin:{head}")
+    assert re.match(f"griffin_vllm.errors.GriffinError: .*({message})", line), line
+    assert not (head / "ran").exists()
+
+
+BUNDLED = "smollm2-135m-instruct"
+# What is asked for ({models} is a folder with `head` and `target`), and the line that refuses it.
+REQUESTS: dict[str, tuple[list[str], str]] = {
+    "nothing after griffin:": (
+        ["--speculative-model", "griffin:"],
+        "no head named after 'griffin:': give a bundled name",
+    ),
+    "a bundled name misspelt": (
+        ["--speculative-model", f"griffin:{BUNDLED.replace('i', 'y')}"],
+        f"no bundled head, folder or Hub id of that name; did you mean griffin:{BUNDLED}\\?",
+    ),
+    "a folder that is not there": (
+        ["--speculative-model", "griffin:{models}/nowhere"],
+        "no bundled head, folder or Hub id of that name; bundled heads: ",
+    ),
+    "a name that leads elsewhere": (
+        ["--speculative-model", "griffin:../../../../../../../../etc"],
+        "has no model.safetensors or pytorch_model.bin",
+    ),
+    "a revision that leads elsewhere": (
+        ["--speculative-model", "griffin:org/name@../../../x"],
+        "no bundled head, folder or Hub id of that name",
+    ),
+    "a Hub id, offline": (
+        ["--speculative-model", "griffin:org/none"],
+        "griffin:org/none: is neither a folder here nor a repository that the Hugging Face Hub gave out",
+    ),
+    "K = 0": (
+        ["--speculative-model", "griffin:{models}/head", "--num-speculative-tokens", "0"],
+        "num_speculative_tokens is 0, expected a whole number from 1 to 128",
+    ),
+    "negative K": (
+        ["--speculative-model", "griffin:{models}/head", "--spec-tokens", "-3"],
+        "num_speculative_tokens is -3, expected a whole number from 1 to 128",
+    ),
+    "huge K": (
+        ["--speculative-model", "griffin:{models}/head", "--num-speculative-tokens", "999999999999"],
+        "num_speculative_tokens is 999999999999, expected a whole number from 1 to 128",
+    ),
+    "K = NaN": (
+        ["--speculative-config", '{{"model": "griffin:{models}/head", "num_speculative_tokens": NaN}}'],
+        "num_speculative_tokens is nan, expected a whole number from 1 to 128",
+    ),
+    "a head by two ways": (
+        ["--speculative-model", "griffin:{models}/head", "--speculative-config", '{{"model": "other"}}'],
+        r"--speculative-model \(or --spec-model\) is 'griffin:.*' and .* model is 'other': give one of them",
+    ),
+    "another method": (
+        ["--speculative-model", "griffin:{models}/head", "--spec-method", "eagle"],
+        "method is 'eagle', expected 'griffin'",
+    ),
+    "a GRIFFIN head given as eagle": (
+        ["--spec-method", "eagle", "--spec-model", "{models}/head", "--spec-tokens", "2"],
+        "is a GRIFFIN head, given with method 'eagle'; use griffin:",
+    ),
+    "the method without a head": (
+        ["--speculative-config.method", "griffin"],
+        "model is None, expected a head",
+    ),
+    "a head that is a number": (
+        ["--speculative-config", '{{"method": "griffin", "model": 7}}'],
+        "model is 7, expected a head",
+    ),
+    "a key that vLLM would ignore": (
+        ["--speculative-model", "griffin:{models}/head", "--speculative-config.prompt_lookup_max", "4"],
+        "prompt_lookup_max does not go with method 'griffin': it belongs to another method",
+    ),
+    "a key misspelt": (
+        ["--speculative-model", "griffin:{models}/head", "--speculative-config.draft_sample_metod", "greedy"],
+        "draft_sample_metod is not a key of this vLLM; did you mean draft_sample_method?",
+    ),
+    "pipeline parallelism": (
+        ["--speculative-model=griffin:{models}/head", "--pipeline-parallel-size=2"],
+        "pipeline_parallel_size is 2, expected 1",
+    ),
+    "a pooling model": (
+        ["--speculative-model", "griffin:{models}/head", "--runner", "pooling"],
+        "runner is 'pooling', expected 'generate'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_requests_that_cannot_be_are_refused(vllm: VllmCommand, models: Path, name: str) -> None:
+    flags, message = REQUESTS[name]
+    line = refusal(vllm, models, *(flag.format(models=models) for flag in flags))
+    assert re.match(f"griffin_vllm.errors.GriffinError: .*{message}", line), line
+
+
+def test_a_number_of_draft_tokens_that_is_no_number_is_a_usage_error(vllm: VllmCommand, models: Path) -> None:
+    flags = ("--speculative-model", f"griffin:{models / 'head'}", "--num-speculative-tokens", "nan")
+    line = refusal(vllm, models, *flags, status=2)
+    assert line.endswith("argument --num-speculative-tokens: invalid int value: 'nan'")
 
 
 def test_heads_of_other_sizes_are_refused(models: Path, tmp_path: Path) -> None:
@@ -155,25 +357,47 @@ def test_heads_of_other_sizes_are_refused(models: Path, tmp_path: Path) -> None:
         configure(models, spec_model=f"griffin:{tmp_path / 'wordy'}")
 
 
-def test_code_in_a_pickle_does_not_run(models: Path, head: Path, tmp_path: Path) -> None:
-    class Payload:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    (head / "model.safetensors").unlink()
-    torch.save({"fc.fc.bias": Payload()}, head / "pytorch_model.bin")
-    with pytest.raises(GriffinError, match=r"pytorch_model\.bin: is not a plain PyTorch weights file"):
-        configure(models, spec_model=f"griffin:{head}")
-    assert not (tmp_path / "ran").exists()
-
-
 def test_code_beside_a_head_does_not_run(models: Path, head: Path, tmp_path: Path) -> None:
     (head / "code.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     config = json.loads((head / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (head / "config.json").write_text(json.dumps(config))
-    configure(models, spec_model=f"griffin:{head}", trust_remote_code=True)
+    served = configure(models, spec_model=f"griffin:{head}", trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
+    assert not hasattr(served.draft_model_config.hf_config, "auto_map")
+
+
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "other weights": lambda h: save_file({"fc.fc.bias": torch.zeros(D)}, h / "other.safetensors"),
+    "an index that leads out of the folder": lambda h: (h / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"fc.fc.bias": "../../other.safetensors"}})
+    ),
+    "a quantisation": lambda h: edit_config(h, quantization_config={"quant_method": "fp8"}),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_nothing_but_what_was_checked_is_served(
+    models: Path, head: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    BESIDE[name](head)
+    served = configure(models, spec_model=f"griffin:{head}")
+    folder = Path(served.model)
+    assert folder.parent == tmp_path / "cache" / "griffin"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert (folder / "model.safetensors").samefile(head / "model.safetensors")
+    assert served.draft_model_config.quantization is None
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(
+    models: Path, head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))
+    BESIDE["other weights"](head)
+    with pytest.raises(GriffinError, match=r"griffin/head-\w+: cannot be written \(Not a directory\)"):
+        configure(models, spec_model=f"griffin:{head}")
 
 
 @pytest.mark.parametrize("method", ["eagle", "draft_model", None])
@@ -182,26 +406,7 @@ def test_a_griffin_head_under_another_method_is_refused(models: Path, method: st
         configure(models, spec_method=method, spec_model=str(models / "head"), spec_tokens=2)
 
 
-NAMES = {
-    "griffin:": "no head named after 'griffin:'",
-    "griffin:no-such-head": "griffin:no-such-head: no bundled head, folder or Hub id of that name",
-    "griffin:../../../etc": "no bundled head|is not a folder|has no model.safetensors",
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_names_that_lead_nowhere_are_refused(models: Path, name: str) -> None:
-    with pytest.raises(GriffinError, match=NAMES[name]):
-        configure(models, spec_model=name)
-
-
-def test_the_hub_offline_is_said_in_one_line(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(GriffinError, match="griffin:org/none: is neither a folder here nor a repository"):
-        configure(models, spec_model="griffin:org/none")
-
-
-@pytest.mark.parametrize("k", [0, -1, 129, 10**9, 2.5, "three", True])
+@pytest.mark.parametrize("k", [0, 129, 2.5, float("inf"), "three", True, [3]])
 def test_numbers_of_draft_tokens_that_cannot_be(models: Path, k: Any) -> None:
     speculation = {"method": "griffin", "model": str(models / "head"), "num_speculative_tokens": k}
     expected = rf"num_speculative_tokens is {re.escape(repr(k))}, expected a whole number from 1 to 128"
@@ -293,16 +498,33 @@ def test_a_head_that_names_no_target_cannot_be_served_alone(models: Path) -> Non
         configure(models, model=str(models / "head"))
 
 
-def test_vllm_serve_ends_with_the_one_clear_line(models: Path) -> None:
-    head = models / "nowhere"
-    flags = ("--speculative-model", f"griffin:{head}")
-    run = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models / "target"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode != 0
-    last = run.stderr.strip().splitlines()[-1]
-    assert f"griffin:{head}: no bundled head, folder or Hub id of that name" in last
-    assert "Loading" not in run.stdout + run.stderr
+@pytest.fixture(scope="module")
+def target(models: Path) -> ModelConfig:
+    return EngineArgs(model=str(models / "target"), max_model_len=256).create_model_config()
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=2000, derandomize=True)
+@given(
+    speculation=st.dictionaries(
+        st.sampled_from(["method", "model", "num_speculative_tokens", "revision", *KEYS]),
+        JSON_VALUES | st.sampled_from(["griffin", "griffin:", "griffin:x/y", "eagle"]),
+    ),
+    spec_model=st.none() | st.text().map(lambda name: f"griffin:/{name}"),
+    spec_tokens=st.none() | st.integers(),
+)
+def test_no_speculative_config_raises_anything_but_our_error(
+    target: ModelConfig, speculation: dict[str, Any], spec_model: str | None, spec_tokens: int | None
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        try:
+            resolve(speculation, None, spec_model, spec_tokens, target, ParallelConfig())
+        except GriffinError as error:
+            assert "\n" not in str(error)  # noqa: PT017 - success is fine too

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,25 +14,13 @@ from griffin_vllm.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from tests.full_disk import full_disk
 
 
 def state(step: int) -> TrainingState:
     return TrainingState(
         step, 1.0, {"weight": torch.full((1000,), float(step))}, {"state": {0: torch.ones(9)}}
     )
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file can grow beyond a few bytes, as on a disk that is full."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from griffin_vllm.cli import app
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training import conversations
 from griffin_vllm.training.conversations import Conversation, Skipped, read_file, read_source
@@ -355,41 +353,11 @@ def test_nothing_usable_is_one_error_and_leaves_the_old_dataset(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bad.json", "out"]
 
 
-def test_bad_arguments_are_one_line_of_the_command(target: Path, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", *talks(5))
-    base = ["data", "prepare", "--target", str(target), "--out", str(tmp_path / "out")]
-    for arguments, words in (
-        ([str(tmp_path / "missing.jsonl")], "there is no such file"),
-        ([str(file), "--loops", "keep"], "--loops"),
-        ([str(file), "--max-length", "0"], "--max-length"),
-        ([str(file), "--validation", "1"], "--validation"),
-        ([str(file), "--target", str(tmp_path)], "no tokenizer"),
-    ):
-        result = CliRunner().invoke(app, base + arguments)
-        assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
-        assert words in result.output
-    assert CliRunner().invoke(app, [*base, str(file)]).exit_code == 0
-
-
 def test_folder_of_something_else_is_never_replaced(target: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "mine" / "a.jsonl", *talks(5))
     with pytest.raises(GriffinError, match="--out"):
         prepare(str(target), [str(file)], tmp_path / "mine")
     assert file.exists()
-
-
-def test_output_that_cannot_be_written_is_one_error(target: Path, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", *talks(50))
-    (tmp_path / "file").touch()
-    with pytest.raises(GriffinError, match="cannot be written"):
-        prepare(str(target), [str(file)], tmp_path / "file" / "out")
-
-
-def test_target_without_a_chat_template_is_refused(tmp_path: Path) -> None:
-    folder = write_target(tmp_path / "target")
-    (folder / "chat_template.jinja").unlink()
-    with pytest.raises(GriffinError, match="no chat template"):
-        prepare(str(folder), [str(write_jsonl(tmp_path / "a.jsonl", *talks(1)))], tmp_path / "out")
 
 
 def damage_manifest(folder: Path, **fields: Any) -> None:

@@ -222,27 +222,6 @@ def test_gradient_accumulation_splits_a_batch_of_the_same_size(
     assert sum(int(trainer.train_data.lengths[i]) for part in step.micro_batches for i in part) <= 256
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("target: t\ndata: [\n", "run.yaml: line 3: is not valid YAML"),
-        ("- a\n", "run.yaml: top level is 'list', expected settings"),
-        ("targe: t\ndata: d\noutput: o\n", "unknown option 'targe'; did you mean target?"),
-        ("data: d\noutput: o\n", "run.yaml: target is"),
-        ("target: t\ndata: d\noutput: o\nseed: many\n", "run.yaml: seed is 'many'"),
-        ("target: t\ndata: d\noutput: o\nmethod: medusa\n", "run.yaml: method is 'medusa'"),
-        ("target: t\ndata: d\noutput: o\nstages: [{draft_steps: 0}]\n", r"stages.0.draft_steps is 0"),
-        ("target: t\ndata: d\noutput: o\nmethod: eagle\n", "stages is 'more than one draft step'"),
-        ("target: t\ndata: d\noutput: o\npreset: large\n", "preset: name is 'large', expected one of"),
-    ],
-)
-def test_bad_settings_are_one_line_that_names_file_and_field(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(GriffinError, match=message):
-        TrainConfig.load(path)
-
-
 def test_alignment_off_needs_no_quotes_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("target: t\ndata: d\noutput: o\n")
