@@ -159,7 +159,8 @@ def test_a_full_disk_while_data_is_prepared(here: Path) -> None:
     assert not list(here.glob(".data.*"))
 
 
-RUN = {"target": "target", "data": "data", "output": "run"}
+# One precision for all tests of a process: accelerate keeps it in a global.
+RUN = {"target": "target", "data": "data", "output": "run", "precision": "fp32"}
 
 
 def configure(**changes: Any) -> None:
