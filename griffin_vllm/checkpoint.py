@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +33,11 @@ FUSION_UP_PROJ = "fc.mlp.up_proj.weight"
 # vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
-_FLOAT_DTYPES = {"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}
-_INTEGER_DTYPES = {"I64", "I32", "BOOL", "INT64", "INT32"}
+_FLOATS = ({"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}, "floats")
+_DTYPES = {
+    DRAFT_TO_TARGET: ({"I64", "I32", "INT64", "INT32"}, "integers"),
+    TARGET_TO_DRAFT: ({"BOOL"}, "booleans"),
+}
 # Tensor name -> (shape, dtype name).
 TensorHeaders = dict[str, tuple[tuple[int, ...], str]]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
@@ -128,7 +131,8 @@ def open_head(folder: Path) -> Head:
     """Check a head folder of either layout without loading its weights.
 
     Raises:
-        GriffinError: something is missing, of the wrong shape, or not a GRIFFIN head.
+        GriffinError: something is missing, of the wrong shape, or not a GRIFFIN head, or the draft
+            vocabulary is not a part of the target's.
     """
     try:
         is_folder = folder.is_dir()
@@ -150,7 +154,9 @@ def open_head(folder: Path) -> Head:
         )
     config = HeadConfig.read(folder / CONFIG_FILE)
     _check_tensors(weights, found, config)
-    return Head(folder, weights, config)
+    head = Head(folder, weights, config)
+    _check_draft_vocabulary(head)
+    return head
 
 
 def is_griffin_head(folder: Path) -> bool:
@@ -164,8 +170,9 @@ def is_griffin_head(folder: Path) -> bool:
         return False
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a weights file, on CPU, in their stored dtype; a pickle may hold tensors only.
+def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a weights file (all, or those called ``names``), on CPU, in their stored dtype; a pickle
+    may hold tensors only.
 
     Raises:
         GriffinError: truncated, or not a weights file.
@@ -173,8 +180,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _load_pickle(path)
+                return {name: file.get_tensor(name) for name in names or file.keys()}
+        state = _load_pickle(path)
+        return {name: state[name] for name in names or state}
     except (SafetensorError, OSError) as error:
         raise GriffinError(
             f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
@@ -185,28 +193,27 @@ def check_values(head: Head) -> None:
     """Check what the headers of an opened head do not show; reads the whole weights file.
 
     Raises:
-        GriffinError: NaN or infinity in a tensor, or a draft vocabulary outside the target's.
+        GriffinError: NaN or infinity in a tensor.
     """
-    tensors = load_tensors(head.weights)
-    for name, tensor in tensors.items():
+    for name, tensor in load_tensors(head.weights).items():
         # the copy of the embeddings is the target's business; nothing here reads it
         if name != EMBEDDINGS and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise GriffinError.at(head.weights, f"tensor {name}", "NaN or infinite", "finite numbers")
-    if DRAFT_TO_TARGET in tensors:
-        offsets = tensors[DRAFT_TO_TARGET].long()
-        target_ids = offsets + torch.arange(offsets.shape[0])
-        if target_ids.min() < 0 or target_ids.max() >= head.config.vocab_size:
-            worst = int(target_ids.min() if target_ids.min() < 0 else target_ids.max())
-            raise GriffinError.at(
-                head.weights,
-                f"a target id in {DRAFT_TO_TARGET}",
-                worst,
-                f"0 to {head.config.vocab_size - 1} (the target's vocabulary)",
-            )
-        if target_ids.unique().shape[0] != target_ids.shape[0]:
-            raise GriffinError(
-                f"{head.weights}: {DRAFT_TO_TARGET} names a target id twice, expected each at most once"
-            )
+
+
+def draft_vocabulary(head: Head) -> torch.Tensor | None:
+    """Target ids (draft_vocab_size,) int64, ascending, of the tokens that ``head`` drafts; None: all."""
+    if head.config.draft_vocab_size == head.config.vocab_size:
+        return None
+    offsets = load_tensors(head.weights, [DRAFT_TO_TARGET])[DRAFT_TO_TARGET].long()
+    return offsets + torch.arange(len(offsets))
+
+
+def draft_vocabulary_tensors(target_ids: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint says about a draft vocabulary of ``target_ids`` (N,) int64, ascending."""
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[target_ids] = True
+    return {DRAFT_TO_TARGET: target_ids - torch.arange(len(target_ids)), TARGET_TO_DRAFT: mask}
 
 
 def save_head(
@@ -311,11 +318,9 @@ def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig) -> None
             raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
         if found[name][0] != shape:
             raise GriffinError.at(path, f"tensor {name}", found[name][0], f"shape {shape}")
-        integer = name in (DRAFT_TO_TARGET, TARGET_TO_DRAFT)
-        if found[name][1].upper() not in (_INTEGER_DTYPES if integer else _FLOAT_DTYPES):
-            raise GriffinError.at(
-                path, f"dtype of {name}", found[name][1], "integers" if integer else "floats"
-            )
+        dtypes, kind = _DTYPES.get(name, _FLOATS)
+        if found[name][1].upper() not in dtypes:
+            raise GriffinError.at(path, f"dtype of {name}", found[name][1], kind)
     extra = sorted(set(found) - set(expected) - {EMBEDDINGS})
     if extra:
         raise GriffinError.at(path, "tensors", extra[:3], "none beyond those of a GRIFFIN head")
@@ -325,6 +330,40 @@ def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig) -> None
             f"tensor {EMBEDDINGS}",
             found[EMBEDDINGS][0],
             f"shape {(config.vocab_size, config.hidden_size)}",
+        )
+
+
+def _check_draft_vocabulary(head: Head) -> None:
+    target_ids, V = draft_vocabulary(head), head.config.vocab_size
+    if target_ids is None:
+        return
+    outside = target_ids[(target_ids < 0) | (target_ids >= V)]
+    if len(outside):
+        raise GriffinError.at(
+            head.weights,
+            f"a target id in {DRAFT_TO_TARGET}",
+            int(outside[0]),
+            f"0 to {V - 1} (the target's vocabulary)",
+        )
+    # With ids in order the first of equally likely tokens is the same one in both vocabularies.
+    falls = torch.nonzero(target_ids.diff() <= 0).flatten()
+    if len(falls):
+        first = int(falls[0])
+        raise GriffinError.at(
+            head.weights,
+            f"the target id of draft id {first + 1} in {DRAFT_TO_TARGET}",
+            int(target_ids[first + 1]),
+            f"more than {int(target_ids[first])}, that of draft id {first}",
+        )
+    marked = load_tensors(head.weights, [TARGET_TO_DRAFT])[TARGET_TO_DRAFT]
+    differs = torch.nonzero(marked != draft_vocabulary_tensors(target_ids, V)[TARGET_TO_DRAFT]).flatten()
+    if len(differs):
+        first = int(differs[0])
+        raise GriffinError.at(
+            head.weights,
+            f"{TARGET_TO_DRAFT} at target id {first}",
+            bool(marked[first]),
+            f"what {DRAFT_TO_TARGET} says",
         )
 
 

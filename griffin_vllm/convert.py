@@ -6,12 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
     EMBEDDINGS,
     SAFETENSORS_FILE,
     Head,
     atomic_folder,
+    draft_vocabulary_tensors,
     load_tensors,
     open_head,
     save_head,
@@ -20,20 +23,29 @@ from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
 
-def convert(source: Path, destination: Path, target: str | None = None) -> Head:
+def convert(
+    source: Path,
+    destination: Path,
+    target: str | None = None,
+    draft_vocabulary: torch.Tensor | None = None,
+) -> Head:
     """Write the head in ``source`` (either layout) to ``destination`` in the served layout.
 
     Weights keep their dtype; the copy of the target's embeddings is left out. ``target`` (folder or
-    Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve.
+    Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve. With
+    ``draft_vocabulary`` (target ids (N,) int64, ascending) the head drafts these tokens only.
 
     Raises:
         GriffinError: ``source`` is not a GRIFFIN head.
     """
     head = open_head(source)
-    config = head.config.model_copy(update={"target": target}) if target else head.config
     tensors = load_tensors(head.weights)
     tensors.pop(EMBEDDINGS, None)
-    save_head(destination, config.to_served(), tensors, dtype=None)
+    changes: dict[str, object] = {"target": target} if target else {}
+    if draft_vocabulary is not None:
+        changes["draft_vocab_size"] = len(draft_vocabulary)
+        tensors |= draft_vocabulary_tensors(draft_vocabulary, head.config.vocab_size)
+    save_head(destination, head.config.model_copy(update=changes).to_served(), tensors, dtype=None)
     return open_head(destination)
 
 

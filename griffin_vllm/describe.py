@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from griffin_vllm.checkpoint import CONFIG_FILE, Head, tensor_shapes
+from griffin_vllm.checkpoint import CONFIG_FILE, DRAFT_TO_TARGET, TARGET_TO_DRAFT, Head, tensor_shapes
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
@@ -18,7 +18,11 @@ def describe(head: Head) -> dict[str, Any]:
         "folder": str(head.folder),
         "layout": "served" if head.is_served_layout else "reference",
         "weights": head.weights.name,
-        "parameters": sum(prod(shape) for shape in tensor_shapes(head.config).values()),
+        "parameters": sum(
+            prod(shape)
+            for name, shape in tensor_shapes(head.config).items()
+            if name not in (DRAFT_TO_TARGET, TARGET_TO_DRAFT)
+        ),
         **head.config.model_dump(),
         "model_card": str(card) if card.is_file() else None,
     }

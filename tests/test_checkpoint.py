@@ -22,6 +22,8 @@ from griffin_vllm.checkpoint import (
     SAFETENSORS_FILE,
     atomic_folder,
     check_values,
+    draft_vocabulary,
+    draft_vocabulary_tensors,
     find_head,
     load_tensors,
     open_head,
@@ -153,26 +155,51 @@ def test_another_speculators_head_is_named_for_what_it_is(tmp_path: Path, kind: 
 
 
 SMALL_VOCABULARY = CONFIG.model_copy(update={"draft_vocab_size": 3})
+VOCABULARY = torch.tensor([0, 5, 19])
 
 
-@pytest.mark.parametrize(
-    ("offsets", "expected"),
-    [
-        ([0, 4, 17], None),
-        ([0, 4, 18], "a target id in d2t is 20, expected 0 to 19"),
-        ([-1, 4, 5], "a target id in d2t is -1, expected 0 to 19"),
-        ([1, 0, 5], "d2t names a target id twice"),
-    ],
-)
-def test_a_draft_vocabulary_lies_within_the_targets(
-    tmp_path: Path, offsets: list[int], expected: str | None
-) -> None:
-    tensors = random_tensors(SMALL_VOCABULARY) | {"d2t": torch.tensor(offsets), "t2d": torch.zeros(20).bool()}
-    folder = write_head(tmp_path / "head", tensors, SMALL_VOCABULARY.to_served())
-    if expected is None:
-        check_values(open_head(folder))
-    else:
-        assert expected in refusal(folder)
+def write_small_vocabulary(folder: Path, **changes: torch.Tensor) -> Path:
+    tensors = random_tensors(SMALL_VOCABULARY) | draft_vocabulary_tensors(VOCABULARY, 20) | changes
+    return write_head(folder, tensors, SMALL_VOCABULARY.to_served())
+
+
+def test_a_draft_vocabulary_is_read_as_target_ids(tmp_path: Path) -> None:
+    head = open_head(write_small_vocabulary(tmp_path / "head"))
+    found = draft_vocabulary(head)
+    assert found is not None
+    assert torch.equal(found, VOCABULARY)
+    assert draft_vocabulary(open_head(write_head(tmp_path / "full"))) is None
+
+
+BAD_VOCABULARIES = {
+    "above the target's": ({"d2t": torch.tensor([0, 4, 18])}, "a target id in d2t is 20, expected 0 to 19"),
+    "below zero": ({"d2t": torch.tensor([-1, 4, 5])}, "a target id in d2t is -1, expected 0 to 19"),
+    "named twice": (
+        {"d2t": torch.tensor([1, 0, 5])},
+        "the target id of draft id 1 in d2t is 1, expected more than 1, that of draft id 0",
+    ),
+    "not in order": (
+        {"d2t": torch.tensor([0, 6, 1])},
+        "the target id of draft id 2 in d2t is 3, expected more than 7, that of draft id 1",
+    ),
+    "mask of other tokens": (
+        {"t2d": torch.zeros(20, dtype=torch.bool)},
+        "t2d at target id 0 is False, expected what d2t says",
+    ),
+    "fractions": ({"d2t": torch.zeros(3)}, "dtype of d2t is 'F32', expected integers"),
+    "mask of numbers": (
+        {"t2d": torch.zeros(20, dtype=torch.int64)},
+        "dtype of t2d is 'I64', expected booleans",
+    ),
+    "too few": ({"d2t": torch.zeros(2, dtype=torch.int64)}, "tensor d2t is (2,), expected shape (3,)"),
+    "mask too long": ({"t2d": torch.zeros(21).bool()}, "tensor t2d is (21,), expected shape (20,)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VOCABULARIES)
+def test_a_draft_vocabulary_that_is_no_part_of_the_targets_is_refused(tmp_path: Path, name: str) -> None:
+    changes, expected = BAD_VOCABULARIES[name]
+    assert expected in refusal(write_small_vocabulary(tmp_path / "head", **changes))
 
 
 def test_a_folder_is_told_what_it_lacks(tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
         SERVED | {"draft_vocab_size": 101},
         "draft_vocab_size is 101, expected at most vocab_size=100",
     ),
+    "empty draft vocabulary": (
+        SERVED | {"draft_vocab_size": 0},
+        "draft_vocab_size is 0, expected greater than 0",
+    ),
     "target of the wrong kind": (
         SERVED | {"speculators_config": SERVED["speculators_config"] | {"verifier": {"name_or_path": ["a"]}}},
         "target is ['a'], expected a valid string",

@@ -10,10 +10,19 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from griffin_vllm.checkpoint import open_head, tensor_shapes
+from griffin_vllm.checkpoint import (
+    draft_vocabulary,
+    draft_vocabulary_tensors,
+    load_tensors,
+    open_head,
+    save_head,
+    tensor_shapes,
+)
 from griffin_vllm.cli import app
 from griffin_vllm.config import HeadConfig
+from griffin_vllm.training.data import prepare
 from tests.full_disk import full_disk
+from tests.training.chat_targets import byte_level, write_target
 
 CONFIG = HeadConfig(
     hidden_size=64,
@@ -95,3 +104,113 @@ def test_a_destination_that_cannot_be_written_is_one_line_and_status_2(
     assert status == 2
     assert output.startswith(f"error: {tmp_path / 'out'}: cannot be written (")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["published"]
+
+
+ANSWER = "Paris, Paris, Paris; or Lyon."
+
+
+@pytest.fixture
+def chat_target(tmp_path: Path) -> Path:
+    return write_target(tmp_path / "chat")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    turns = [{"role": "user", "content": "Zzz"}, {"role": "assistant", "content": ANSWER}]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture
+def chat_head(tmp_path: Path, chat_target: Path) -> Path:
+    """A whole-vocabulary head that names its target."""
+    size = json.loads((chat_target / "config.json").read_text())["vocab_size"]
+    config = CONFIG.model_copy(
+        update={"vocab_size": size, "draft_vocab_size": size, "target": str(chat_target)}
+    )
+    tensors = {name: torch.randn(shape) for name, shape in tensor_shapes(config).items()}
+    save_head(tmp_path / "chat-head", config.to_served(), tensors)
+    return tmp_path / "chat-head"
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_convert_chooses_the_tokens_that_answers_use(
+    chat_head: Path, chat_target: Path, corpus: Path, tmp_path: Path, prepared: bool
+) -> None:
+    if prepared:
+        prepare(str(chat_target), [str(corpus)], tmp_path / "data", validation_share=0.0)
+        corpus = tmp_path / "data"
+    status, output = run(
+        "convert", f"griffin:{chat_head}", tmp_path / "out", "--draft-vocab", 40, "--corpus", corpus
+    )
+    assert status == 0
+    assert "40 tokens cover 100.00% of the answers" in output
+    head = open_head(tmp_path / "out")
+    assert head.config.draft_vocab_size == 40
+    chosen = draft_vocabulary(head)
+    assert chosen is not None
+    tokenizer = byte_level("")
+    assert {*tokenizer.all_special_ids, *tokenizer.encode(ANSWER)} <= set(chosen.tolist())
+    before, after = load_tensors(chat_head / "model.safetensors"), load_tensors(head.weights)
+    assert after.keys() - before.keys() == {"d2t", "t2d"}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_smaller_draft_vocabulary_keeps_the_most_frequent_tokens(
+    chat_head: Path, corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = byte_level("")
+    special = len(tokenizer.all_special_ids)
+    status, output = run(
+        "convert", chat_head, tmp_path / "out", "--draft-vocab", special + 1, "--corpus", corpus
+    )
+    assert status == 0
+    chosen = draft_vocabulary(open_head(tmp_path / "out"))
+    answer = tokenizer.encode(ANSWER)
+    commonest = max(answer, key=answer.count)
+    assert chosen is not None
+    assert chosen.tolist() == sorted({commonest, *tokenizer.all_special_ids})
+    share = (answer.count(commonest) + 1) / (len(answer) + 1)
+    assert f"cover {share:.2%} of the answers" in output
+
+
+def test_inspect_shows_the_draft_vocabulary(chat_head: Path, corpus: Path, tmp_path: Path) -> None:
+    run("convert", chat_head, tmp_path / "out", "--draft-vocab", 40, "--corpus", corpus)
+    whole, reduced = (
+        json.loads(run("inspect", folder, "--json")[1]) for folder in (chat_head, tmp_path / "out")
+    )
+    assert whole["draft_vocab_size"] == whole["vocab_size"] == reduced["vocab_size"]
+    assert reduced["draft_vocab_size"] == 40
+    assert reduced["parameters"] == whole["parameters"]
+
+
+def test_inspect_refuses_a_draft_vocabulary_outside_the_targets(chat_head: Path, tmp_path: Path) -> None:
+    head = open_head(chat_head)
+    size = head.config.vocab_size
+    tensors = load_tensors(head.weights) | draft_vocabulary_tensors(torch.tensor([1, 2]), size)
+    tensors["d2t"] = torch.tensor([0, size])
+    reduced = head.config.model_copy(update={"draft_vocab_size": 2})
+    save_head(tmp_path / "bad", reduced.to_served(), tensors)
+    status, output = run("inspect", tmp_path / "bad")
+    assert status == 2
+    assert f"a target id in d2t is {size + 1}" in output
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_convert_refuses_draft_vocabularies_that_cannot_be(
+    chat_head: Path, corpus: Path, tmp_path: Path, size: int
+) -> None:
+    status, output = run("convert", chat_head, tmp_path / "out", "--draft-vocab", size, "--corpus", corpus)
+    assert status == 2
+    assert f"size is {size}, expected more than 4 (special tokens) and less than" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_says_what_a_draft_vocabulary_needs(published: Path, corpus: Path, tmp_path: Path) -> None:
+    status, output = run("convert", published, tmp_path / "out", "--draft-vocab", 40)
+    assert status == 2
+    assert "--draft-vocab and --corpus go together" in output
+    status, output = run("convert", published, tmp_path / "out", "--draft-vocab", 40, "--corpus", corpus)
+    assert status == 2
+    assert "names no target" in output

@@ -132,7 +132,9 @@ def _read_our_configs(algos: ModuleType) -> None:
     @algos.register_speculator(METHOD)
     def update_griffin(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
         pre_trained_config["architectures"] = [ARCHITECTURE]
-        pre_trained_config["draft_vocab_size"] = config_dict.get("draft_vocab_size")
+        pre_trained_config["draft_vocab_size"] = (
+            config_dict.get("draft_vocab_size") or pre_trained_config["vocab_size"]
+        )
 
 
 def _know_our_model(models: ModuleType) -> None:

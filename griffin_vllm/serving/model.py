@@ -8,11 +8,12 @@ layer with a dual head behind it. The shape of the classes follows vLLM's
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -20,15 +21,21 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import SupportsEagle
 from vllm.model_executor.models.llama import LlamaAttention
 from vllm.model_executor.models.utils import get_draft_quant_config
 
-from griffin_vllm.checkpoint import EMBEDDINGS
+from griffin_vllm.checkpoint import DRAFT_TO_TARGET, EMBEDDINGS, TARGET_TO_DRAFT
+from griffin_vllm.errors import GriffinError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -185,6 +192,59 @@ class GriffinModel(nn.Module):
         return self.layers[0](positions, hidden_states)
 
 
+class DraftVocabulary(nn.Module):
+    """The tokens that a head can draft, and their rows of the target's ``lm_head``.
+
+    The mapping is EAGLE-3's (``model_executor/models/llama_eagle3.py``), but the rows are the target's own,
+    so no checkpoint holds them.
+    """
+
+    target_ids: torch.Tensor
+
+    def __init__(self, config: PreTrainedConfig, prefix: str) -> None:
+        super().__init__()
+        self.target_vocab_size = config.vocab_size
+        self.lm_head = ParallelLMHead(config.draft_vocab_size, config.hidden_size, prefix=f"{prefix}.lm_head")
+        self.register_buffer("target_ids", torch.arange(config.draft_vocab_size), persistent=False)
+
+    def load(self, offsets: torch.Tensor) -> None:
+        """``offsets`` (draft vocabulary,): target id minus draft id of each token."""
+        self.target_ids.copy_(torch.arange(len(offsets)) + offsets)
+
+    def take_rows(self, lm_head: VocabParallelEmbedding) -> None:
+        """Fill this ``lm_head`` from the target's, which must be loaded.
+
+        Raises:
+            GriffinError: the target's is quantized, so it has no rows to take.
+        """
+        method = lm_head.quant_method
+        if not isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
+            raise GriffinError.at(
+                "target",
+                "lm_head",
+                type(method).__name__,
+                "no quantization (the draft vocabulary takes rows)",
+            )
+        shard = lm_head.shard_indices
+        here = self.target_ids >= shard.org_vocab_start_index
+        here &= self.target_ids < shard.org_vocab_end_index
+        rows = lm_head.weight[torch.where(here, self.target_ids - shard.org_vocab_start_index, 0)]
+        # Each row lies on one rank only; the others add zeros to it.
+        rows = tensor_model_parallel_all_reduce(torch.where(here[:, None], rows, 0))
+        self.lm_head.weight_loader(self.lm_head.weight, rows)
+        # On CPU this packs the weight for the matrix product; what was packed before had no rows yet.
+        self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
+    def to_target(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Target ids of draft ids, both (N,)."""
+        return self.target_ids[tokens]
+
+    def widen(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N, draft vocabulary) to (N, target vocabulary); what cannot be drafted gets minus infinity."""
+        wide = logits.new_full((len(logits), self.target_vocab_size), float("-inf"))
+        return wide.index_copy_(1, self.target_ids, logits)
+
+
 class GriffinForCausalLM(nn.Module, SupportsEagle):
     """What vLLM's EAGLE proposers load and call.
 
@@ -204,7 +264,17 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
             prefix=f"{prefix}.model" if prefix else "model",
             start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
-        self.logits_processor = LogitsProcessor(self.config.vocab_size)
+        self.logits_processor = LogitsProcessor(self.config.draft_vocab_size)
+        self.draft_vocabulary: DraftVocabulary | None = None
+        if self.config.draft_vocab_size < self.config.vocab_size:
+            self.draft_vocabulary = DraftVocabulary(self.config, f"{prefix}.draft_vocabulary".lstrip("."))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Both proposers hand the target's lm_head over by assigning it, and tell nothing else.
+        if name == "lm_head" and self.draft_vocabulary is not None:
+            self.draft_vocabulary.take_rows(value)
+            value = self.draft_vocabulary.lm_head
+        super().__setattr__(name, value)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -235,18 +305,27 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The target's ``lm_head`` on predict (N, d), without a norm in between: (N, vocabulary)."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        if self.draft_vocabulary is None or logits is None:
+            return logits
+        return self.draft_vocabulary.widen(logits)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Greedy draft tokens (N,) without gathering the logits (``use_local_argmax_reduction``)."""
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        """Greedy draft tokens (N,); builds logits of the draft vocabulary only, and gathers none of them."""
+        tokens = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        return tokens if self.draft_vocabulary is None else self.draft_vocabulary.to_target(tokens)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a head's tensors (``checkpoint.tensor_shapes``); its copy of the embeddings is left out."""
         parameters = dict(self.model.named_parameters())
-        loaded = {EMBEDDINGS}
+        # What the target brings after loading.
+        loaded = {f"model.{EMBEDDINGS}", "draft_vocabulary.lm_head.weight"}
         for name, tensor in weights:
-            if name == EMBEDDINGS:
+            if name in (EMBEDDINGS, TARGET_TO_DRAFT):
+                continue
+            if name == DRAFT_TO_TARGET:
+                assert self.draft_vocabulary is not None
+                self.draft_vocabulary.load(tensor)
                 continue
             module, _, kind = name.rpartition(".")
             fused, shard = _FUSED.get(module, (module, None))
@@ -254,5 +333,5 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
             parameter = parameters[name]
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
-            loaded.add(name)
-        return {f"model.{name}" for name in loaded}
+            loaded.add(f"model.{name}")
+        return loaded

@@ -104,6 +104,9 @@ def resolve(
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
+    if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(given):
+        # How vLLM's V2 runner is asked to let the model choose greedy drafts; it refuses that for sampled ones.
+        passed_on.setdefault("use_local_argmax_reduction", True)
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
 
 
@@ -177,6 +180,10 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return getattr(field.default, "default", field.default)
 
 
+def _samples_drafts(given: Mapping[str, Any]) -> bool:
+    return given.get("draft_sample_method") == "probabilistic"
+
+
 def _with_revision(name: str, given: dict[str, Any]) -> str:
     revision = given.pop("revision", None)
     if revision is None:
@@ -192,10 +199,6 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
     config.check_target(where, target.hf_config.model_type, target.get_hidden_size(), target.get_vocab_size())
     if target.runner_type != "generate":
         raise GriffinError.at(target.model, "runner", target.runner_type, "'generate'")
-    if config.draft_vocab_size < config.vocab_size:
-        raise GriffinError.at(
-            where, "draft_vocab_size", config.draft_vocab_size, f"{config.vocab_size} (all of the vocabulary)"
-        )
     if parallel.pipeline_parallel_size > 1:
         raise GriffinError.at(
             "vLLM", "pipeline_parallel_size", parallel.pipeline_parallel_size, "1 with a GRIFFIN head"

@@ -87,6 +87,11 @@ class TrainConfig(Section):
 
     intermediate_size: PositiveInt | None = Field(None, description="by default the target's")
     num_key_value_heads: PositiveInt | None = Field(None, description="by default the target's")
+    draft_vocab: PositiveInt | None = Field(
+        None,
+        description="draft only so many tokens, those that the answers in the data use most; null: what "
+        "`init_from` drafts, or the whole vocabulary",
+    )
 
     batch_tokens: PositiveInt = Field(
         2048, description="positions of one optimiser step, all processes together"
@@ -175,6 +180,13 @@ class TrainConfig(Section):
         if config.method == "eagle" and any(stage.draft_steps > 1 for stage in config.stages):
             raise GriffinError.at(
                 path, "stages", "more than one draft step", "one (method eagle; hass has more)"
+            )
+        if config.draft_vocab is not None and config.head_name == "eagle":
+            raise GriffinError.at(
+                path,
+                "draft_vocab",
+                config.draft_vocab,
+                "null (vLLM's eagle method drafts the whole vocabulary)",
             )
         return config
 

@@ -159,6 +159,11 @@ class TokenDataset:
         tokens = torch.from_numpy(self._tokens[start:end].astype(np.int64))
         return tokens, torch.from_numpy(self._mask[start:end].astype(np.bool_))
 
+    def answer_token_counts(self) -> torch.Tensor:
+        """How often the target generated each token, int64 [vocab_size]."""
+        generated = self._tokens[self._mask.astype(np.bool_)]
+        return torch.from_numpy(np.bincount(generated, minlength=self.manifest.vocab_size))
+
     def check_target(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """See `Manifest.check_target`."""
         self.manifest.check_target(tokenizer, vocab_size, self.folder)

@@ -57,6 +57,7 @@ def model_card(
         f"| trained context length | {config.trained_context_length} tokens |",
         f"| sizes | d {config.hidden_size}, I {config.intermediate_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads |",
+        f"| draft vocabulary | {config.draft_vocab_size} of {config.vocab_size} tokens |",
         f"| continued from | {Path(train.init_from).name if train.init_from else 'nothing'} |",
         f"| stages | {stages} |",
         f"| positions trained on | {trained_tokens:,} |",

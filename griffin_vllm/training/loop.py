@@ -26,7 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from griffin_vllm.checkpoint import EMBEDDINGS, check_values, find_head, load_tensors, open_head
+from griffin_vllm.checkpoint import (
+    check_values,
+    draft_vocabulary,
+    draft_vocabulary_tensors,
+    find_head,
+    load_tensors,
+    open_head,
+)
 from griffin_vllm.config import HeadConfig, read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
@@ -46,6 +53,7 @@ from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, Target, target_config
+from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
 
 LOG_EVERY = 10
 # An answer counts as greedy when the target's first choice is the token at this share of its positions.
@@ -96,10 +104,13 @@ class Trainer:
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()))
+        self.vocabulary = self._draft_vocabulary()
         with self.accelerator.main_process_first():
             claim_output(config)
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        if self.vocabulary is not None:
+            self.shared = self.vocabulary.restrict_weights(self.shared)
         self.plan = plan_steps(self.train_data, config)
         self.head = self._new_head()
         self.answers = self._greedy_answers()
@@ -164,8 +175,8 @@ class Trainer:
     def validate(self) -> Acceptance:
         """Greedy chains simulated on the first greedy answers of the validation split."""
         batches = (
-            make_batch(self.validation_data, self.validation_source, samples, noise=0.0, seed=0).to(
-                self.device
+            self._restricted(
+                make_batch(self.validation_data, self.validation_source, samples, noise=0.0, seed=0)
             )
             for samples in self.answers
         )
@@ -207,7 +218,12 @@ class Trainer:
         """This process's part of a batch; a process without a sample learns nothing from the first one."""
         mine = samples[self.accelerator.process_index :: self.accelerator.num_processes]
         batch = make_batch(self.train_data, self.train_source, mine or samples[:1], self.config.noise, seed)
-        return (batch if mine else batch.without_loss()).to(self.device)
+        return self._restricted(batch if mine else batch.without_loss())
+
+    def _restricted(self, batch: Batch) -> Batch:
+        """``batch`` on this process's device, in draft ids where the draft vocabulary is reduced."""
+        batch = batch.to(self.device)
+        return batch if self.vocabulary is None else self.vocabulary.restrict_batch(batch)
 
     def _tokens(self, planned: PlannedStep) -> int:
         return sum(int(self.train_data.lengths[i]) for part in planned.micro_batches for i in part)
@@ -247,6 +263,18 @@ class Trainer:
                     )
         return FeatureCache(folder, manifest)
 
+    def _draft_vocabulary(self) -> DraftVocabulary | None:
+        config, chosen = self.config, None
+        if config.draft_vocab is not None:
+            chosen = choose(self.train_data, ChatTarget.load(str(config.target)), config.draft_vocab)
+            covered = coverage(self.train_data, chosen)
+            self.console.print(f"{len(chosen)} draft tokens cover {covered:.2%} of the answers")
+        elif config.init_from is not None:
+            chosen = draft_vocabulary(open_head(find_head(config.init_from)))
+        if chosen is None:
+            return None
+        return DraftVocabulary.of(chosen.to(self.device), self.hf_config.vocab_size)
+
     def _new_head(self) -> DraftHead:
         config = self.config
         torch.manual_seed(config.seed)
@@ -256,8 +284,8 @@ class Trainer:
             sample, _ = self.train_source.features([0], [self.train_data[0][0]])[0]
             head.reset_parameters(rms(self.shared.embed_tokens), rms(sample))
         else:
-            tensors = load_tensors(open_head(find_head(config.init_from)).weights)
-            head.load_state_dict({name: t.float() for name, t in tensors.items() if name != EMBEDDINGS})
+            tensors = load_tensors(open_head(find_head(config.init_from)).weights, head.state_dict())
+            head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return head.to(self.device)
 
     def _greedy_answers(self) -> list[list[int]]:
@@ -328,7 +356,10 @@ class Trainer:
             history = [row for row in log.rows() if row["kind"] == "validation"]
             manifest = self.train_data.manifest.model_dump()
             card = model_card(self.head_config, self.config, manifest, history, acceptance, positions)
-            export_head(folder, self.config.head_name, self.head_config, self.head.state_dict(), card)
+            tensors = self.head.state_dict()
+            if self.vocabulary is not None:
+                tensors |= draft_vocabulary_tensors(self.vocabulary.target_ids, self.head_config.vocab_size)
+            export_head(folder, self.config.head_name, self.head_config, tensors, card)
             self.console.print(
                 f"acceptance length {acceptance.acceptance_length:.3f} (simulated); head in {folder}"
             )
@@ -404,6 +435,7 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
             "rope_theta": (target.rope_parameters or {}).get("rope_theta", 10000.0),
         }
     provenance = {
+        "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),
         "num_speculative_tokens": config.num_speculative_tokens,
         "trained_context_length": trained_context_length,

@@ -88,7 +88,7 @@ def token_losses(
     Args:
         predict: (N, d), the positions of interest only.
         targets: (N, k) each, most likely first.
-        tokens: (N,) the true token x_(t+2) of each position.
+        tokens: (N,) the true token x_(t+2) of each position; negative where it cannot be drafted.
         learns: (N,) bool; the others are only asked for ``ok``.
         count: scalar, what the sums over ``learns`` are divided by.
     """
@@ -103,7 +103,7 @@ def token_losses(
             logits = logits + classes.bias
         with torch.no_grad():
             true = logits.gather(1, classes.position[tokens[part]][:, None])
-            ok[part] = (logits > true).sum(-1) < align_top_k
+            ok[part] = ((logits > true).sum(-1) < align_top_k) & (tokens[part] >= 0)
         ids, probabilities = classes.position[targets.ids[part]], targets.probabilities[part]
         log_q = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
         terms = -(probabilities * log_q) * learns[part][:, None]

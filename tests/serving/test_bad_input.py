@@ -89,6 +89,11 @@ def edit_tensors(head: Path, change: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, path)
 
 
+def edit_draft_vocabulary(head: Path, offsets: list[int]) -> None:
+    edit_config(head, draft_vocab_size=len(offsets))
+    edit_tensors(head, lambda t: t.update(d2t=torch.tensor(offsets), t2d=torch.zeros(96, dtype=torch.bool)))
+
+
 def write_tensors(head: Path, **shapes: tuple[int, ...]) -> None:
     tensors = {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, head / "model.safetensors")
@@ -156,6 +161,14 @@ HEADS: dict[str, tuple[Callable[[Path], object], str]] = {
     "draft vocabulary too large": (
         lambda h: edit_config(h, draft_vocab_size=97),
         "draft_vocab_size is 97, expected at most vocab_size=96",
+    ),
+    "draft vocabulary without its map": (
+        lambda h: edit_config(h, draft_vocab_size=3),
+        r"tensor d2t is missing, expected shape \(3,\)",
+    ),
+    "draft vocabulary outside the target's": (
+        lambda h: edit_draft_vocabulary(h, [0, 1, 94]),
+        "a target id in d2t is 96, expected 0 to 95",
     ),
     "symlink loop": (
         point_at_itself,

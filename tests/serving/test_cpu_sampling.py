@@ -14,6 +14,7 @@ import torch
 
 from griffin_vllm.checkpoint import save_head, tensor_shapes
 from griffin_vllm.config import HeadConfig
+from griffin_vllm.convert import convert
 
 pytest.importorskip("vllm")
 
@@ -139,14 +140,23 @@ def without_speculation(target: Path) -> dict[str, Counter[Tokens]]:
         return {name: draw(llm, filters) for name, filters in FILTERS.items()}
 
 
-@pytest.fixture(scope="module", params=["greedy", "probabilistic"])
+@pytest.fixture(scope="module")
+def reduced_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
+    folder = tmp_path_factory.mktemp("reduced") / "griffin"
+    convert(head, folder, draft_vocabulary=torch.tensor([0, 2, 3, 6]))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["greedy", "probabilistic", "probabilistic, half of the vocabulary"])
 def speculating(
     request: pytest.FixtureRequest,
     target: Path,
     head: Path,
+    reduced_head: Path,
     without_speculation: dict[str, Counter[Tokens]],  # its engine is gone before the next one starts
 ) -> Iterator[LLM]:
-    with sampling_engine(target, head, draft_sample_method=request.param) as llm:
+    method, _, reduced = request.param.partition(", ")
+    with sampling_engine(target, reduced_head if reduced else head, draft_sample_method=method) as llm:
         yield llm
 
 
