@@ -49,6 +49,12 @@ class HeadConfig(BaseModel):
     )
     num_speculative_tokens: PositiveInt = Field(default=5, description="recommended K")
     trained_context_length: PositiveInt | None = None
+    draft_stop_probability: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="stop drafting when the drafts so far are all right with less than this probability",
+    )
 
     @classmethod
     def read(cls, path: Path) -> HeadConfig:
@@ -84,6 +90,7 @@ class HeadConfig(BaseModel):
             "transformer_layer_config": self.layer_config("llama"),
             "draft_vocab_size": self.draft_vocab_size,
             "trained_context_length": self.trained_context_length,
+            "draft_stop_probability": self.draft_stop_probability,
             "torch_dtype": "bfloat16",
         }
 
@@ -138,6 +145,7 @@ class HeadConfig(BaseModel):
                 "target": speculators["verifier"]["name_or_path"],
                 "num_speculative_tokens": speculators["proposal_methods"][0]["speculative_tokens"],
                 "trained_context_length": raw.get("trained_context_length"),
+                "draft_stop_probability": raw.get("draft_stop_probability", 0.0),
             }
         except (KeyError, IndexError, TypeError) as error:
             raise GriffinError.at(

@@ -168,6 +168,21 @@ class GriffinDecoderLayer(nn.Module):
         predict, regress = self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states + predict, hidden_states + regress
 
+    def write_cache(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Only what later tokens attend to: keys and values."""
+        attention = self.self_attn
+        qkv, _ = attention.qkv_proj(hidden_states)
+        q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+        _, k = attention.rotary_emb(positions, q, k)
+        heads = (-1, attention.num_kv_heads, attention.head_dim)
+        torch.ops.vllm.unified_kv_cache_update(k.view(heads), v.view(heads), attention.attn.layer_name)
+
+    @property
+    def writes_cache_apart(self) -> bool:
+        """Whether the attention backend has the cache's update apart from the attention itself."""
+        backend = self.self_attn.attn.attn_backend
+        return not getattr(backend, "forward_includes_kv_cache_update", True)
+
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
 class GriffinModel(nn.Module):
@@ -190,6 +205,13 @@ class GriffinModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states = self.fc(self.embed_tokens(input_ids), hidden_states)
         return self.layers[0](positions, hidden_states)
+
+    def write_cache(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        hidden_states = self.fc(self.embed_tokens(input_ids), hidden_states)
+        self.layers[0].write_cache(positions, hidden_states)
+        return hidden_states
 
 
 class DraftVocabulary(nn.Module):
@@ -256,6 +278,9 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
     has_own_lm_head = False
     has_own_embed_tokens = False
 
+    # Set by the proposer when nobody wants a draft; what forward returns then means nothing.
+    writes_cache_only = False
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
@@ -301,6 +326,9 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         """
         if inputs_embeds is not None:
             raise NotImplementedError("a GRIFFIN head takes token ids, not multimodal embeddings")
+        if self.writes_cache_only and self.model.layers[0].writes_cache_apart:
+            written = self.model.write_cache(input_ids, positions, hidden_states)
+            return written, written
         return self.model(input_ids, positions, hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -314,6 +342,17 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         """Greedy draft tokens (N,); builds logits of the draft vocabulary only, and gathers none of them."""
         tokens = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
         return tokens if self.draft_vocabulary is None else self.draft_vocabulary.to_target(tokens)
+
+    def get_top_tokens_and_probabilities(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Greedy draft tokens (N,) and the head's probabilities of them (N,) float32; one rank only."""
+        logits = self.logits_processor(self.lm_head, hidden_states).float()
+        best, tokens = logits.max(dim=-1)
+        probabilities = (best - logits.logsumexp(dim=-1)).exp()
+        if self.draft_vocabulary is not None:
+            tokens = self.draft_vocabulary.to_target(tokens)
+        return tokens, probabilities
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a head's tensors (``checkpoint.tensor_shapes``); its copy of the embeddings is left out."""
