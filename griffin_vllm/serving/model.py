@@ -169,7 +169,7 @@ class GriffinDecoderLayer(nn.Module):
         return hidden_states + predict, hidden_states + regress
 
     def write_cache(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """Only what later tokens attend to: keys and values."""
+        """Put the keys and values of ``hidden_states`` into the KV cache, and attend to nothing."""
         attention = self.self_attn
         qkv, _ = attention.qkv_proj(hidden_states)
         q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
@@ -209,8 +209,10 @@ class GriffinModel(nn.Module):
     def write_cache(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
     ) -> torch.Tensor:
+        """Only what later tokens attend to; returns something of the right shape."""
         hidden_states = self.fc(self.embed_tokens(input_ids), hidden_states)
-        self.layers[0].write_cache(positions, hidden_states)
+        layer: Any = self.layers[0]
+        layer.write_cache(positions, hidden_states)
         return hidden_states
 
 
