@@ -18,9 +18,14 @@ from griffin_vllm.errors import GriffinError
 METHOD = "griffin"
 ARCHITECTURE = "GriffinForCausalLM"
 REFERENCE_MODEL_TYPES = ("llama", "qwen2")
-# Targets (Hugging Face model types) whose embeddings enter the first layer unscaled and whose logits are
-# a plain `lm_head` product: what a GRIFFIN head's e(x) and predict rely on.
-TARGET_FAMILIES = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
+# Targets (Hugging Face model types) of which training and serving hand a head the same three things:
+# - e(x), the row of `embed_tokens` as it is stored. Gemma multiplies it by sqrt(d) on the way to its own first
+#   layer; a head does not: its `fc` learns any scale and its norm ignores it, and the stored row is what
+#   vLLM shares with a draft model.
+# - f, the final normalised hidden state.
+# - the logits of f or predict: the product with `lm_head` (tied or not; Gemma 2 has its embeddings only), then
+#   the soft cap of Gemma 2. Families that also scale their logits (Granite, Cohere) are left out.
+TARGET_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
 # A config.json is a few kilobytes; reading more than this is never needed to describe a head.
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -117,13 +122,7 @@ class HeadConfig(BaseModel):
 
     def check_target(self, where: Path, family: str, hidden_size: int, vocab_size: int) -> None:
         """Raise GriffinError unless this head (config at ``where``) fits a target of these sizes."""
-        if family not in TARGET_FAMILIES:
-            raise GriffinError.at(
-                "target",
-                "model_type",
-                family,
-                f"a text model of one of the families {', '.join(TARGET_FAMILIES)}",
-            )
+        check_family("target", family)
         for name, found, expected in (
             ("hidden_size", self.hidden_size, hidden_size),
             ("vocab_size", self.vocab_size, vocab_size),
@@ -224,6 +223,14 @@ class HeadConfig(BaseModel):
                 path, "draft_vocab_size", self.draft_vocab_size, f"at most vocab_size={self.vocab_size}"
             )
         return self
+
+
+def check_family(where: str | Path, family: str) -> None:
+    """Raise GriffinError unless a target of model type ``family`` (its own, not its text model's) can have a head."""
+    if family not in TARGET_FAMILIES:
+        raise GriffinError.at(
+            where, "model_type", family, f"a text model of one of the families {', '.join(TARGET_FAMILIES)}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

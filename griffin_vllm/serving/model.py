@@ -291,7 +291,10 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
             prefix=f"{prefix}.model" if prefix else "model",
             start_layer_id=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         )
-        self.logits_processor = LogitsProcessor(self.config.draft_vocab_size)
+        target = vllm_config.model_config.hf_config
+        self.logits_processor = LogitsProcessor(
+            self.config.draft_vocab_size, soft_cap=getattr(target, "final_logit_softcapping", None)
+        )
         self.draft_vocabulary: DraftVocabulary | None = None
         if self.config.draft_vocab_size < self.config.vocab_size:
             self.draft_vocabulary = DraftVocabulary(self.config, f"{prefix}.draft_vocabulary".lstrip("."))
@@ -302,6 +305,13 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
             self.draft_vocabulary.take_rows(value)
             value = self.draft_vocabulary.lm_head
         super().__setattr__(name, value)
+
+    @property
+    def output_embeddings(self) -> VocabParallelEmbedding:
+        """The target's ``lm_head``, or its rows; Gemma 2 has no such module and uses its embeddings."""
+        if not hasattr(self, "lm_head"):
+            self.lm_head = self.model.embed_tokens
+        return self.lm_head
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -334,22 +344,22 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         return self.model(input_ids, positions, hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The target's ``lm_head`` on predict (N, d), without a norm in between: (N, vocabulary)."""
-        logits = self.logits_processor(self.lm_head, hidden_states)
+        """The target's logits of predict (N, d), without a norm in between: (N, vocabulary)."""
+        logits = self.logits_processor(self.output_embeddings, hidden_states)
         if self.draft_vocabulary is None or logits is None:
             return logits
         return self.draft_vocabulary.widen(logits)
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy draft tokens (N,); builds logits of the draft vocabulary only, and gathers none of them."""
-        tokens = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        tokens = self.logits_processor.get_top_tokens(self.output_embeddings, hidden_states)
         return tokens if self.draft_vocabulary is None else self.draft_vocabulary.to_target(tokens)
 
     def get_top_tokens_and_probabilities(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Greedy draft tokens (N,) and the head's probabilities of them (N,) float32; one rank only."""
-        logits = self.logits_processor(self.lm_head, hidden_states).float()
+        logits = self.logits_processor(self.output_embeddings, hidden_states).float()
         best, tokens = logits.max(dim=-1)
         probabilities = (best - logits.logsumexp(dim=-1)).exp()
         if self.draft_vocabulary is not None:

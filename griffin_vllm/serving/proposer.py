@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from griffin_vllm.serving.model import GriffinForCausalLM
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
@@ -16,7 +20,7 @@ class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer, and two ways of drafting less.
+    """vLLM's EAGLE proposer with what LoRA needs, and two ways of drafting less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -45,6 +49,17 @@ class GriffinProposer(EagleProposer):
         self.stop_probability = stop_probability if shapes_may_vary else 0.0
         self._drafts: list[torch.Tensor] = []
         self._likelihood: torch.Tensor | None = None
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the head; a target that takes LoRA adapters shares its embeddings without them.
+
+        An adapter's layer expects the target's own batch of tokens, which a later draft step is not.
+        The V2 runner shares the same (``maybe_share_target_embed``).
+        """
+        super().load_model(target_model)
+        embed_tokens = self.model.model.embed_tokens
+        if isinstance(embed_tokens, BaseLayerWithLoRA):
+            self.model.model.embed_tokens = embed_tokens.base_layer
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._drafts, self._likelihood = [], None

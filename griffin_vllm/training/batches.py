@@ -76,7 +76,8 @@ class TargetSource:
     def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
         hidden = self.target.hidden_states(pad_sequence(list(tokens), batch_first=True))
         rows = [hidden[i, : len(ids)] for i, ids in enumerate(tokens)]
-        return [(f, soft_targets(f, self.target.shared.lm_head, self.top_k)) for f in rows]
+        shared = self.target.shared
+        return [(f, soft_targets(f, shared.lm_head, self.top_k, shared.logit_softcap)) for f in rows]
 
 
 def make_batch(

@@ -1,8 +1,8 @@
 """The target's features on disk: written once, resumable, read back through a memory map.
 
 A cache is a folder of safetensors shards (``hidden_states`` bf16 (N, d), ``top_ids`` int32 (N, k) and
-``top_probabilities`` bf16 (N, k), N being the tokens of a run of samples), the target's embeddings and
-``lm_head``, and a ``manifest.json`` that says which data set and target they belong to.
+``top_probabilities`` bf16 (N, k), N being the tokens of a run of samples), the target's ``SharedWeights``,
+and a ``manifest.json`` that says which data set and target they belong to.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class FeatureCache:
     def shared_weights(self) -> SharedWeights:
         tensors = load_file(self.folder / SHARED)
         embed_tokens = tensors["embed_tokens"]
-        return SharedWeights(embed_tokens, tensors.get("lm_head", embed_tokens))
+        softcap = tensors.get("logit_softcap")
+        return SharedWeights(
+            embed_tokens, tensors.get("lm_head", embed_tokens), None if softcap is None else float(softcap)
+        )
 
     def __getitem__(self, sample: int) -> tuple[Tensor, SoftTargets]:
         """Features (T, d) bf16 of one sample and the target's soft targets after each position."""
@@ -119,6 +122,8 @@ def write_cache(
     shared = {"embed_tokens": target.shared.embed_tokens}
     if target.shared.lm_head is not target.shared.embed_tokens:
         shared["lm_head"] = target.shared.lm_head
+    if target.shared.logit_softcap is not None:
+        shared["logit_softcap"] = torch.tensor(target.shared.logit_softcap)
     _write(folder / SHARED, lambda path: save_file(shared, path))
     for shard, run in enumerate(runs):
         if shard in todo:
@@ -165,7 +170,7 @@ def _compute(target: Target, tokens: Sequence[Tensor], top_k: int, batch_tokens:
         for row, i in enumerate(batch):
             features[i] = hidden[row, : len(tokens[i])]
     hidden_states = torch.cat(features)
-    soft = soft_targets(hidden_states, target.shared.lm_head, top_k)
+    soft = soft_targets(hidden_states, target.shared.lm_head, top_k, target.shared.logit_softcap)
     return {
         "hidden_states": hidden_states.to("cpu", torch.bfloat16).contiguous(),
         "top_ids": soft.ids.to("cpu", torch.int32).contiguous(),

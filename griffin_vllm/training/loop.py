@@ -432,7 +432,7 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
             "draft_vocab_size": target.vocab_size,
             "max_position_embeddings": target.max_position_embeddings,
             "rms_norm_eps": target.rms_norm_eps,
-            "rope_theta": (target.rope_parameters or {}).get("rope_theta", 10000.0),
+            "rope_theta": rope_theta(target),
         }
     provenance = {
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
@@ -444,6 +444,12 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
     head = HeadConfig(**sizes | provenance).checked(where)
     head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
     return head
+
+
+def rope_theta(target: Any) -> float:
+    """Rotary base of the target's full attention (Gemma 3 has another one for its sliding windows)."""
+    parameters = target.rope_parameters or {}
+    return parameters.get("full_attention", parameters).get("rope_theta", 10000.0)
 
 
 def plan_steps(data: TokenDataset, config: TrainConfig) -> list[PlannedStep]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from griffin_vllm.training.target import SoftTargets
+from griffin_vllm.training.target import SoftTargets, cap_logits
 
 TOP_TOKENS = 10  # of the k loss
 
@@ -27,33 +27,46 @@ class Classes:
     their logits are raised by log(tail_size / tail), which makes the sum of exponentials unbiased.
 
     ``weight`` (C, d); ``bias`` (C,) float32 or None; ``position`` (V,) int64, a token's row in ``weight``
-    (only the rows that :meth:`sample` was asked to keep are meaningful).
+    (only the rows that :meth:`sample` was asked to keep are meaningful); ``softcap`` of the logits.
     """
 
     weight: Tensor
     bias: Tensor | None
     position: Tensor
+    softcap: float | None
 
     @classmethod
-    def all(cls, lm_head: Tensor) -> Classes:
-        return cls(lm_head, None, torch.arange(len(lm_head), device=lm_head.device))
+    def all(cls, lm_head: Tensor, softcap: float | None = None) -> Classes:
+        return cls(lm_head, None, torch.arange(len(lm_head), device=lm_head.device), softcap)
 
     @classmethod
-    def sample(cls, lm_head: Tensor, keep: Tensor, tail: int, generator: torch.Generator) -> Classes:
+    def sample(
+        cls,
+        lm_head: Tensor,
+        keep: Tensor,
+        tail: int,
+        generator: torch.Generator,
+        softcap: float | None = None,
+    ) -> Classes:
         """``keep`` (token ids, with repeats) and ``tail`` of the other tokens, drawn uniformly."""
         V = len(lm_head)
         kept = torch.zeros(V, dtype=torch.bool, device=lm_head.device)
         kept[keep] = True
         others = torch.nonzero(~kept).flatten()
         if len(others) <= tail:
-            return cls.all(lm_head)
+            return cls.all(lm_head, softcap)
         drawn = others[torch.randperm(len(others), generator=generator)[:tail].to(others.device)]
         ids = torch.cat([torch.nonzero(kept).flatten(), drawn])
         bias = torch.zeros(len(ids), device=lm_head.device)
         bias[-tail:] = math.log(len(others) / tail)
         position = torch.zeros(V, dtype=torch.int64, device=lm_head.device)
         position[ids] = torch.arange(len(ids), device=lm_head.device)
-        return cls(lm_head[ids], bias, position)
+        return cls(lm_head[ids], bias, position, softcap)
+
+    def logits(self, predict: Tensor) -> Tensor:
+        """(N, C) float32, for ``predict`` (N, d)."""
+        logits = cap_logits((predict.to(self.weight.dtype) @ self.weight.T).float(), self.softcap)
+        return logits if self.bias is None else logits + self.bias
 
 
 @dataclass(frozen=True)
@@ -98,9 +111,7 @@ def token_losses(
     for start in range(0, len(predict), rows):
         part = slice(start, start + rows)
         leaf = predict[part].detach().requires_grad_()
-        logits = (leaf.to(classes.weight.dtype) @ classes.weight.T).float()
-        if classes.bias is not None:
-            logits = logits + classes.bias
+        logits = classes.logits(leaf)
         with torch.no_grad():
             true = logits.gather(1, classes.position[tokens[part]][:, None])
             ok[part] = ((logits > true).sum(-1) < align_top_k) & (tokens[part] >= 0)

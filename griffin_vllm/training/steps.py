@@ -97,8 +97,10 @@ class DraftSteps(nn.Module):
 
     def _classes(self, batch: Batch, seed: int) -> Classes:
         if self.sampled_tokens is None:
-            return Classes.all(self.shared.lm_head)
+            return Classes.all(self.shared.lm_head, self.shared.logit_softcap)
         drafted = batch.next_tokens[batch.next_tokens >= 0]
         keep = torch.cat([batch.soft.ids[batch.loss_mask].flatten(), drafted])
         generator = torch.Generator().manual_seed(seed)
-        return Classes.sample(self.shared.lm_head, keep, self.sampled_tokens, generator)
+        return Classes.sample(
+            self.shared.lm_head, keep, self.sampled_tokens, generator, self.shared.logit_softcap
+        )

@@ -39,7 +39,7 @@ class DraftVocabulary:
 
     def restrict_weights(self, shared: SharedWeights) -> SharedWeights:
         """All embeddings, for the head reads every token, and the drafted rows of ``lm_head``, (N, d)."""
-        return SharedWeights(shared.embed_tokens, shared.lm_head[self.target_ids])
+        return replace(shared, lm_head=shared.lm_head[self.target_ids])
 
     def restrict_batch(self, batch: Batch) -> Batch:
         """``batch`` with draft ids in ``soft`` and ``next_tokens`` (there ``OUTSIDE``, which no draft equals).
