@@ -219,7 +219,7 @@ def parse_yaml(text: str, where: str) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or GriffinError.reason(error)
         raise GriffinError(f"{where}: {line}is not valid YAML ({reason})") from error
-    except (ValueError, RecursionError) as error:  # a date or a number that is none; nested without end
+    except (ValueError, RecursionError) as error:  # a number that is none; nested without end
         raise GriffinError(f"{where}: is not valid YAML ({GriffinError.reason(error)})") from error
 
 

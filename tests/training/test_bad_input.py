@@ -202,9 +202,9 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "a tab": (lambda: write("run.yaml", "target: t\n\tdata: d"), r"run\.yaml: line 2: is not valid YAML"),
     "not text": (lambda: write("run.yaml", "a: \0"), r"run\.yaml: is not valid YAML"),
     "not UTF-8": (lambda: write("run.yaml", b"a: \xff"), r"run\.yaml: is not UTF-8 text"),
-    "a date that is none": (
-        lambda: write("run.yaml", "a: 2020-13-13"),
-        r"run\.yaml: is not valid YAML \(month",
+    "a number that is none": (
+        lambda: write("run.yaml", "a: !!int many"),
+        r"run\.yaml: is not valid YAML \(invalid literal",
     ),
     "nested without end": (lambda: write("run.yaml", "[" * 5000), r"run\.yaml: is not valid YAML"),
     "a list": (lambda: write("run.yaml", "- a\n"), r"run\.yaml: top level is 'list', expected settings"),
