@@ -207,6 +207,21 @@ def assert_served_is_trained(llm: Any, target_folder: Path, head_folder: Path) -
             torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
+def test_reduced_draft_vocabulary_takes_its_rows_from_embeddings_where_there_is_no_lm_head(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    target = write_target(tmp_path / "target", tokenizer, *TARGETS["gemma2"])
+    head = trainer(target, tmp_path, draft_vocab=200).run()
+    common = {"model": str(target), "skip_tokenizer_init": True}
+    with engine(**common) as llm:
+        expected = generate(llm)
+    with engine(**common, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        assert generate(llm) == expected
+        assert_drafts_were_right_and_wrong(llm)
+        rows = runner_of(llm).drafter.model.output_embeddings
+        assert rows.num_embeddings == 200
+
+
 def test_features_from_disk_keep_the_soft_cap_of_the_target_in_the_loop(
     tokenizer: Path, tmp_path: Path
 ) -> None:
