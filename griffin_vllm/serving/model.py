@@ -77,8 +77,8 @@ class FusionMLP(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        fused = torch.cat((self.input_layernorm(hidden_states), self.input_layernorm(embeds)), dim=-1)
-        fused, _ = self.up_proj(fused)
+        fused = self.input_layernorm(torch.stack((hidden_states, embeds), dim=-2))
+        fused, _ = self.up_proj(fused.flatten(-2))
         fused, _ = self.down_proj(self.act_fn(fused))
         return fused
 
