@@ -30,7 +30,12 @@ from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
-TITLES = {"acceptance": "Acceptance length", "speed": "Speed", "losslessness": "Losslessness"}
+TITLES = {
+    "acceptance": "Acceptance length",
+    "speed": "Speed",
+    "losslessness": "Losslessness",
+    "soak": "Soak",
+}
 # column title -> (fields that it shows, how)
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
@@ -51,11 +56,21 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "identical": lambda row: number(row, "identical", 0),
     "near-tie": lambda row: number(row, "near_tie", 0),
     "wrong": lambda row: number(row, "wrong", 0),
+    "minutes": lambda row: number(row, "minutes", 0),
+    "requests sent": lambda row: number(row, "sent", 0),
+    "finished": lambda row: number(row, "finished", 0),
+    "aborted": lambda row: number(row, "aborted", 0),
+    "lost": lambda row: number(row, "lost", 0),
+    "tau at first": lambda row: number(row, "acceptance_length_first", 3),
+    "tau at last": lambda row: number(row, "acceptance_length_last", 3),
+    "MiB grown": lambda row: " ".join(f"{one['growth_mib']:+.0f}" for one in row["memory"]),
 }
 SHOWN = {
     "acceptance": "data set, method, K, T, tau, tau without loops, accepted by position",
     "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, ms to first token, speedup",
     "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
+    "soak": "method, K, minutes, requests sent, finished, aborted, lost, answers, identical, near-tie, wrong, "
+    "tau at first, tau at last, MiB grown",
 }
 MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,17 @@ START_SECONDS = 900
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
+@dataclass(frozen=True)
+class Server:
+    """``url``: without a path; ``process``: the API server, parent of all others."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
-def server(run: Run, arguments: dict[str, Any]) -> Iterator[str]:
-    """Base URL of a server with the engine arguments of the offline engines.
+def server(run: Run, arguments: dict[str, Any]) -> Iterator[Server]:
+    """A server with the engine arguments of the offline engines.
 
     Raises:
         RuntimeError: the server ended, or was not ready after ``START_SECONDS``.
@@ -36,17 +45,16 @@ def server(run: Run, arguments: dict[str, Any]) -> Iterator[str]:
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            command += [flag] if value else []
+            command.append(flag if value else f"--no-{flag[2:]}")
         elif name != "model":
             command += [flag, str(value)]
-    command += ["--no-enable-prefix-caching"]
     if run.speculative_config:
         command += ["--speculative-config", json.dumps(run.speculative_config)]
-    url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stdout=sys.stderr)
+    started = Server(f"http://127.0.0.1:{port}", process)
     try:
-        _wait(process, url)
-        yield url
+        _wait(process, started.url)
+        yield started
     finally:
         process.terminate()
         process.wait(timeout=60)

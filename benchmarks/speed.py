@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.served:
         record.settings["client"] = "vllm bench serve"
         for run in planned:
-            with record.attempt(run), served.server(run, arguments) as url:
-                record.results += _measure_served(url, run, sets, args)
+            with record.attempt(run), served.server(run, arguments | {"enable_prefix_caching": False}) as one:
+                record.results += _measure_served(one.url, run, sets, args)
         _add_served_speedups(record.results)
         return record.finish(COLUMNS)
 
