@@ -10,6 +10,7 @@ where they were stopped when the same command is given again, and the record gro
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from griffin_vllm.training.attention import dense_stream_attention
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import records
+from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
 from griffin_vllm.training.loop import Trainer
@@ -39,14 +43,16 @@ class LeakySoftmax:
     def __call__(self, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         if not self.leaks:
             return dense_stream_attention(q, keys, values)
-        newest, t = len(keys) - 1, torch.arange(q.shape[2], device=q.device)
-        visible = [t[None, :] <= t[:, None] - newest]
-        visible += [t[None, :] == t[:, None] - newest + i for i in range(1, newest + 1)]
+        T = q.shape[2]
+        visible = visible_positions(len(keys), T, q.device)
         # a zero key gives the score 0, a zero value gives nothing: the leak, once for each later position
-        visible += [t[None, :] > t[:, None]]
+        later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         nothing = torch.zeros_like(keys[0])
         return torch.nn.functional.scaled_dot_product_attention(
-            q, torch.cat([*keys, nothing], 2), torch.cat([*values, nothing], 2), torch.cat(visible, 1)
+            q,
+            torch.cat([*keys, nothing], 2),
+            torch.cat([*values, nothing], 2),
+            torch.cat([visible, later], 1),
         )
 
 
@@ -117,20 +123,18 @@ def main(
         for name in variants.split(","):
             runs.append(run(name, seed, config, out))
             record = {"settings": settings_of(config), "runs": runs}
-            json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            records.write_atomically(json_path, json.dumps(record, indent=1) + "\n")
     Console().print(table(runs))
 
 
 def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
     """One run, or what is left of it; its last validation."""
     variant, output = VARIANTS[name], out / f"{name}-{seed}"
-    log = output / "log.jsonl"
     if not (output / "head").is_dir():
         overrides = {**variant.settings, "output": str(output), "seed": seed}
         settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
         variant.trainer(settings).run()
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if row["kind"] == "validation"][-1]
+    last = [row for row in records.read_lines(output / "log.jsonl") if row["kind"] == "validation"][-1]
     return {
         "variant": name,
         "seed": seed,

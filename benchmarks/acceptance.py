@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, records
 from benchmarks.engines import Answer
+from benchmarks.intervals import paired_ratio
 from benchmarks.methods import Method, Run, runs
 from benchmarks.prompts import PromptSet
 from benchmarks.trajectory import Trajectory
@@ -108,21 +109,13 @@ def score(answer: Answer, reference: Sequence[int] | None) -> Scored:
 
 
 def ratio_interval(
-    ours: dict[str, list[int]], theirs: dict[str, list[int]], draws: int = 4000
+    ours: dict[str, list[int]], theirs: dict[str, list[int]]
 ) -> tuple[float, tuple[float, float]]:
-    """Ratio of two acceptance lengths and its 95 % interval: a bootstrap over conversations, the same ones
-    drawn for both sides, each (tokens, passes) by conversation as in a row's ``conversations``."""
+    """Ratio of two acceptance lengths and its 95 % interval; each side (tokens, passes) by conversation, as
+    in a row's ``conversations``."""
     names = sorted(ours.keys() & theirs.keys())
-    # (side, tokens or passes, conversations)
-    data = np.array([np.array([side[name] for name in names]).T for side in (ours, theirs)])
-
-    def ratio(sums: np.ndarray) -> np.ndarray:
-        return (sums[0, 0] / sums[0, 1]) / (sums[1, 0] / sums[1, 1])
-
-    shares = np.full(len(names), 1 / len(names))
-    drawn = ratio(data @ np.random.default_rng(0).multinomial(len(names), shares, draws).T)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(ratio(data.sum(axis=2))), (float(low), float(high))
+    sides = [np.array([side[name] for name in names]).T[:, None] for side in (ours, theirs)]
+    return paired_ratio(np.array(sides))
 
 
 def _by_conversation(scored: Iterable[Scored]) -> dict[str, list[int]]:

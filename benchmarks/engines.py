@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import Run
 from benchmarks.prompts import Conversation
+from griffin_vllm.serving.tune import render
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -188,16 +189,8 @@ def answer(
 
 
 def _render(tokenizer: Any, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """Prompt of the last turn in the model's chat template; plain text for a model that has none."""
-    if not tokenizer.chat_template:
-        return list(tokenizer("".join(_interleave(turns, answers)))["input_ids"])
-    messages = [
-        {"role": "assistant" if i % 2 else "user", "content": text}
-        for i, text in enumerate(_interleave(turns, answers))
-    ]
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
+    """Prompt of the last turn."""
+    return render(tokenizer, _interleave(turns, answers))
 
 
 def _interleave(turns: Sequence[str], answers: Sequence[str]) -> list[str]:

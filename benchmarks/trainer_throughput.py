@@ -36,6 +36,7 @@ from griffin_vllm.config import HeadConfig
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.head import GriffinHead
+from griffin_vllm.training.loop import target_sizes
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
@@ -164,19 +165,7 @@ def top_targets(features: Tensor, lm_head: Tensor) -> SoftTargets:
 
 
 def sizes(loaded: Target, tokens: int) -> HeadConfig:
-    hf = loaded.config
-    return HeadConfig(
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_key_value_heads=hf.num_key_value_heads,
-        head_dim=hf.hidden_size // hf.num_attention_heads,
-        vocab_size=hf.vocab_size,
-        draft_vocab_size=hf.vocab_size,
-        max_position_embeddings=max(2048, tokens),
-        rms_norm_eps=hf.rms_norm_eps,
-        rope_theta=hf.rope_parameters["rope_theta"],
-    )
+    return HeadConfig(**target_sizes(loaded.config) | {"max_position_embeddings": max(2048, tokens)})
 
 
 def our_step(

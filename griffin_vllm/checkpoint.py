@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -199,6 +200,14 @@ def check_values(head: Head) -> None:
         # the copy of the embeddings is the target's business; nothing here reads it
         if name != EMBEDDINGS and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise GriffinError.at(head.weights, f"tensor {name}", "NaN or infinite", "finite numbers")
+
+
+def weights_digest(*files: Path) -> str:
+    """Start of the SHA-256 of weights files: a head's name may stay when it is trained anew."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def draft_vocabulary(head: Head) -> torch.Tensor | None:

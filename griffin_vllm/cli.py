@@ -328,6 +328,7 @@ def tune_head(
 
     from griffin_vllm.checkpoint import PREFIX, find_head, open_head
     from griffin_vllm.serving import tune as tuner
+    from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
 
     try:
         sizes = sorted({int(size) for size in batch_sizes.split(",")})
@@ -349,8 +350,8 @@ def tune_head(
         tokens=tokens,
         engine_options=ctx.args,
     )
-    path = out or head.folder / tuner.TUNING_FILE
-    tuner.write_tuning(path, tuning)
+    path = out or head.folder / TUNING_FILE
+    write_tuning(path, tuning)
     if explain:
         Console().print(tuner.explain(tuning))
     for first, last, k in tuning.schedule:

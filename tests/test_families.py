@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -28,6 +30,9 @@ from griffin_vllm.training.target import Target, target_config
 from tests.serving import tiny
 from tests.serving.engines import engine, runner_of, spec_counters
 from tests.training.chat_targets import write_target as write_tokenizer
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 K = 3
 # vLLM's CPU attention takes head dims from 32 up.
@@ -150,6 +155,18 @@ def assert_drafts_were_right_and_wrong(llm: Any) -> None:
     assert 0 < counters["num_accepted_tokens"] < counters["num_draft_tokens"]
 
 
+@contextmanager
+def speculating(target: Path, head: Path) -> Iterator[LLM]:
+    """An engine with ``head`` that has given the answers of one without, some drafts right and some wrong."""
+    common = {"model": str(target), "skip_tokenizer_init": True}
+    with engine(**common) as llm:
+        expected = generate(llm)
+    with engine(**common, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        assert generate(llm) == expected
+        assert_drafts_were_right_and_wrong(llm)
+        yield llm
+
+
 def test_every_family_that_is_said_to_work_is_in_the_table() -> None:
     assert {model_type for model_type, _ in TARGETS.values()} == set(TARGET_FAMILIES)
 
@@ -158,13 +175,8 @@ def test_every_family_that_is_said_to_work_is_in_the_table() -> None:
 def test_trained_head_is_served_with_plain_answers(name: str, tokenizer: Path, tmp_path: Path) -> None:
     target = write_target(tmp_path / "target", tokenizer, *TARGETS[name])
     head = trainer(target, tmp_path).run()
-    common = {"model": str(target), "skip_tokenizer_init": True}
-    with engine(**common) as llm:
-        expected = generate(llm)
-    with engine(**common, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+    with speculating(target, head) as llm:
         assert_served_is_trained(llm, target, head)
-        assert generate(llm) == expected
-        assert_drafts_were_right_and_wrong(llm)
 
 
 def assert_served_is_trained(llm: Any, target_folder: Path, head_folder: Path) -> None:
@@ -212,12 +224,7 @@ def test_reduced_draft_vocabulary_takes_its_rows_from_embeddings_where_there_is_
 ) -> None:
     target = write_target(tmp_path / "target", tokenizer, *TARGETS["gemma2"])
     head = trainer(target, tmp_path, draft_vocab=200).run()
-    common = {"model": str(target), "skip_tokenizer_init": True}
-    with engine(**common) as llm:
-        expected = generate(llm)
-    with engine(**common, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
-        assert generate(llm) == expected
-        assert_drafts_were_right_and_wrong(llm)
+    with speculating(target, head) as llm:
         rows = runner_of(llm).drafter.model.output_embeddings
         assert rows.num_embeddings == 200
 
@@ -247,12 +254,7 @@ def test_quantised_target_has_plain_answers_with_the_head_of_the_model_that_was_
     quantised = quantise(target, tmp_path / "quantised")
     with pytest.raises(GriffinError, match="quantization_config is 'compressed-tensors', expected none"):
         target_config(quantised)
-    common = {"model": str(quantised), "skip_tokenizer_init": True}
-    with engine(**common) as llm:
-        expected = generate(llm)
-    with engine(**common, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
-        assert generate(llm) == expected
-        assert_drafts_were_right_and_wrong(llm)
+    with speculating(quantised, head) as llm:
         of_target, of_head = (
             [
                 isinstance(module.quant_method, CompressedTensorsLinearMethod)

@@ -29,7 +29,7 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import read_tuning
+from griffin_vllm.serving.tuning import read_tuning
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig

@@ -1,17 +1,14 @@
-"""How many tokens to draft at each batch size on this machine: measured once, used by the plugin.
+"""How many tokens to draft at each batch size on this machine, measured on one engine.
 
 A round of B requests with K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens, where
-``tau(K) = 1 + sum of the first K shares of accepted positions`` (a chain's acceptance at a position does
-not depend on how many follow). Both are measured on one engine whose number of drafts is changed while it
-runs, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats plain
-decoding.
+``tau(K) = 1 + sum of the first K shares of accepted positions``. Both are measured while the engine's number of
+drafts is changed, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats
+plain decoding.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,19 +16,25 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from griffin_vllm.checkpoint import Head
+from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.config import METHOD
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tuning import (
+    Point,
+    Tuning,
+    acceptance_length,
+    machine,
+    predicted_speed,
+    vllm_version,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-TUNING_FILE = "tuning.json"
 # Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
 # slower server, the gain that is given up is small.
 WORTH_IT = 1.03
@@ -45,64 +48,6 @@ PROMPTS = (
     "Summarise the causes of the French Revolution in five sentences.",
     "What should I pack for a week of hiking in the mountains?",
 )
-
-
-class Point(BaseModel):
-    """One measurement: milliseconds a round, tokens a request and round, tokens a second of the batch."""
-
-    batch_size: PositiveInt
-    num_speculative_tokens: NonNegativeInt
-    step_ms: PositiveFloat
-    acceptance_length: PositiveFloat
-    tokens_per_second: PositiveFloat
-
-
-class Tuning(BaseModel):
-    """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    machine: str
-    vllm: str
-    target: str
-    weights: str
-    position_acceptance: list[float]
-    points: list[Point]
-    num_speculative_tokens: PositiveInt
-    schedule: list[tuple[int, int, int]]
-
-    def acceptance_length(self, k: int) -> float:
-        return 1 + sum(self.position_acceptance[:k])
-
-    def predicted(self, point: Point) -> float:
-        """Tokens a second by the cost model."""
-        tau = self.acceptance_length(point.num_speculative_tokens)
-        return 1000 * point.batch_size * tau / point.step_ms
-
-    def speculative_config(self) -> dict[str, Any]:
-        """The keys of vLLM's speculative config that this tuning sets."""
-        found: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
-        if {k for _, _, k in self.schedule} != {self.num_speculative_tokens}:
-            found["num_speculative_tokens_per_batch_size"] = self.schedule
-        return found
-
-
-def read_tuning(head: Head) -> Tuning | None:
-    """The tuning beside ``head``, unless it was made for other weights, another machine or vLLM.
-
-    Raises:
-        GriffinError: the file is damaged.
-    """
-    path = head.folder / TUNING_FILE
-    if not path.is_file():
-        return None
-    try:
-        tuning = Tuning.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise GriffinError(f"{path}: is not a tuning ({reason}); delete it or run `griffin tune`") from error
-    ours = (machine(), vllm_version(), weights_digest(head))
-    return tuning if (tuning.machine, tuning.vllm, tuning.weights) == ours else None
 
 
 def tune(
@@ -123,7 +68,7 @@ def tune(
         GriffinError: the head does not fit the target, or this vLLM cannot change K while it runs.
     """
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    rendered = [_render(tokenizer, prompt) for prompt in prompts]
+    rendered = [render(tokenizer, [prompt]) for prompt in prompts]
     options = ["--max-model-len", str(max(map(len, rendered)) + tokens + max_k + 1), *engine_options]
     points: list[Point] = []
     accepted, rounds = [0] * max_k, 0
@@ -153,7 +98,7 @@ def tune(
         machine=machine(),
         vllm=vllm_version(),
         target=Path(target).name if Path(target).exists() else target,
-        weights=weights_digest(head),
+        weights=weights_digest(head.weights),
         position_acceptance=shares,
         points=points,
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
@@ -163,13 +108,13 @@ def tune(
 
 def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> list[tuple[int, int, int]]:
     """The best K for each measured batch size, as ranges; a size in between gets the next larger one's."""
-
-    def speed(point: Point) -> float:
-        return (1 + sum(position_acceptance[: point.num_speculative_tokens])) / point.step_ms
-
     schedule: list[tuple[int, int, int]] = []
     for size in sorted({point.batch_size for point in points}):
-        own = {point.num_speculative_tokens: speed(point) for point in points if point.batch_size == size}
+        own = {
+            point.num_speculative_tokens: predicted_speed(point, position_acceptance)
+            for point in points
+            if point.batch_size == size
+        }
         best = max(own, key=lambda k: own[k])
         k = best if own[best] >= WORTH_IT * own[0] else 0
         first = schedule[-1][1] + 1 if schedule else 1
@@ -177,20 +122,6 @@ def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> lis
             first = schedule.pop()[0]
         schedule.append((first, size, k))
     return schedule
-
-
-def write_tuning(path: Path, tuning: Tuning) -> None:
-    """Write ``path`` whole or not at all.
-
-    Raises:
-        GriffinError: it cannot be written.
-    """
-    staging = path.with_name(path.name + ".part")
-    try:
-        staging.write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
 
 
 def explain(tuning: Tuning) -> Table:
@@ -206,36 +137,13 @@ def explain(tuning: Tuning) -> Table:
             str(point.batch_size),
             str(k),
             f"{point.step_ms:.1f}",
-            f"{tuning.acceptance_length(k):.2f}",
+            f"{acceptance_length(tuning.position_acceptance, k):.2f}",
             f"{tuning.predicted(point):.1f}",
             f"{point.tokens_per_second:.1f}",
             f"{tuning.predicted(point) / tuning.predicted(plain[point.batch_size]):.2f}",
             style="bold" if chosen else "",
         )
     return table
-
-
-def machine() -> str:
-    """The machine that a tuning holds for: device, processor and cores."""
-    from vllm.platforms import current_platform
-
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return f"{current_platform.get_device_name()}, {processor}, {os.cpu_count()} cores"
-
-
-def vllm_version() -> str:
-    import vllm
-
-    return vllm.__version__
-
-
-def weights_digest(head: Head) -> str:
-    return hashlib.sha256(head.weights.read_bytes()).hexdigest()[:16]
 
 
 @contextmanager
@@ -311,10 +219,12 @@ def _decode(engine: LLMEngine, prompts: Iterable[list[int]], tokens: int) -> tup
     return seconds, rounds
 
 
-def _render(tokenizer: Any, prompt: str) -> list[int]:
+def render(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Prompt that ends with the last of ``texts`` (of user and assistant in turn), in the model's chat
+    template; plain text for a model that has none."""
     if not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
+        return list(tokenizer("".join(texts))["input_ids"])
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     return list(
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     )

@@ -58,12 +58,16 @@ def choose_attention(name: AttentionName, device: torch.device) -> Attention:
 
 def dense_stream_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     """The definition, for any device: ``q`` and each of ``keys`` and ``values`` (B, H, T, D)."""
-    newest, T = len(keys) - 1, q.shape[2]
-    t = torch.arange(T, device=q.device)
+    mask = visible_positions(len(keys), q.shape[2], q.device)
+    return F.scaled_dot_product_attention(q, torch.cat(list(keys), 2), torch.cat(list(values), 2), mask)
+
+
+def visible_positions(streams: int, T: int, device: torch.device) -> Tensor:
+    """(T, streams * T) bool: which positions of each stream the newest stream's queries see."""
+    newest, t = streams - 1, torch.arange(T, device=device)
     visible = [t[None, :] <= t[:, None] - newest]
     visible += [t[None, :] == t[:, None] - newest + i for i in range(1, newest + 1)]
-    mask = torch.cat(visible, dim=1)
-    return F.scaled_dot_product_attention(q, torch.cat(list(keys), 2), torch.cat(list(values), 2), mask)
+    return torch.cat(visible, dim=1)
 
 
 def fused_stream_attention(

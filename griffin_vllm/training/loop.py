@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from griffin_vllm.checkpoint import (
+    Head,
     check_values,
     draft_vocabulary,
     draft_vocabulary_tensors,
@@ -103,8 +104,9 @@ class Trainer:
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
-        self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()))
-        self.vocabulary = self._draft_vocabulary()
+        self.start = open_head(find_head(config.init_from)) if config.init_from is not None else None
+        self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()), self.start)
+        self.vocabulary = self._draft_vocabulary(chat)
         with self.accelerator.main_process_first():
             claim_output(config)
         self.train_source, self.validation_source, shared = self._sources()
@@ -263,14 +265,14 @@ class Trainer:
                     )
         return FeatureCache(folder, manifest)
 
-    def _draft_vocabulary(self) -> DraftVocabulary | None:
+    def _draft_vocabulary(self, chat: ChatTarget) -> DraftVocabulary | None:
         config, chosen = self.config, None
         if config.draft_vocab is not None:
-            chosen = choose(self.train_data, ChatTarget.load(str(config.target)), config.draft_vocab)
+            chosen = choose(self.train_data, chat, config.draft_vocab)
             covered = coverage(self.train_data, chosen)
             self.console.print(f"{len(chosen)} draft tokens cover {covered:.2%} of the answers")
-        elif config.init_from is not None:
-            chosen = draft_vocabulary(open_head(find_head(config.init_from)))
+        elif self.start is not None:
+            chosen = draft_vocabulary(self.start)
         if chosen is None:
             return None
         return DraftVocabulary.of(chosen.to(self.device), self.hf_config.vocab_size)
@@ -280,11 +282,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         kind = GriffinHead if config.head_name == "griffin" else EagleHead
         head = kind(self.head_config, choose_attention(config.attention, self.device))
-        if config.init_from is None:
+        if self.start is None:
             sample, _ = self.train_source.features([0], [self.train_data[0][0]])[0]
             head.reset_parameters(rms(self.shared.embed_tokens), rms(sample))
         else:
-            tensors = load_tensors(open_head(find_head(config.init_from)).weights, head.state_dict())
+            tensors = load_tensors(self.start.weights, head.state_dict())
             head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         return head.to(self.device)
 
@@ -414,26 +416,17 @@ def claim_output(config: TrainConfig) -> None:
         raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
 
 
-def head_config(config: TrainConfig, target: Any, trained_context_length: int) -> HeadConfig:
-    """The head's sizes: the target's, unless the settings or ``init_from`` say otherwise."""
-    if config.init_from is not None:
-        start = open_head(find_head(config.init_from))
+def head_config(
+    config: TrainConfig, target: Any, trained_context_length: int, start: Head | None
+) -> HeadConfig:
+    """The head's sizes: those of ``start`` (``init_from``), or the target's unless the settings say otherwise."""
+    if start is not None:
         check_values(start)
         sizes = start.config.model_dump()
     else:
-        heads = target.num_attention_heads
-        sizes = {
-            "hidden_size": target.hidden_size,
-            "intermediate_size": config.intermediate_size or target.intermediate_size,
-            "num_attention_heads": heads,
-            "num_key_value_heads": config.num_key_value_heads or target.num_key_value_heads,
-            "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
-            "vocab_size": target.vocab_size,
-            "draft_vocab_size": target.vocab_size,
-            "max_position_embeddings": target.max_position_embeddings,
-            "rms_norm_eps": target.rms_norm_eps,
-            "rope_theta": rope_theta(target),
-        }
+        sizes = target_sizes(target)
+        for name in ("intermediate_size", "num_key_value_heads"):
+            sizes[name] = getattr(config, name) or sizes[name]
     provenance = {
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),
@@ -444,6 +437,23 @@ def head_config(config: TrainConfig, target: Any, trained_context_length: int) -
     head = HeadConfig(**sizes | provenance).checked(where)
     head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
     return head
+
+
+def target_sizes(target: Any) -> dict[str, Any]:
+    """Fields of a ``HeadConfig`` with the sizes of a target (its Hugging Face config)."""
+    heads = target.num_attention_heads
+    return {
+        "hidden_size": target.hidden_size,
+        "intermediate_size": target.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": target.num_key_value_heads,
+        "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": target.vocab_size,
+        "max_position_embeddings": target.max_position_embeddings,
+        "rms_norm_eps": target.rms_norm_eps,
+        "rope_theta": rope_theta(target),
+    }
 
 
 def rope_theta(target: Any) -> float:

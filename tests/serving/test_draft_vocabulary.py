@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,18 +16,13 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.model import GriffinForCausalLM
 from tests.serving import tiny
 from tests.serving.engines import engine, runner_of, spec_counters
-from tests.serving.test_lossless import generate, prompts, sampling
+from tests.serving.test_lossless import Models, generate, prompts, sampling
 from tests.serving.test_reference_vectors import draft
 
 V = tiny.CONFIG.vocab_size
 # Not a multiple of what vLLM pads vocabularies to, and unevenly spread over two ranks' halves.
 VOCABULARY = torch.tensor([0, *range(1, 30, 2), *range(30, 60), *range(61, V, 3)])
 K = 4
-
-
-class Models(NamedTuple):
-    target: str
-    head: str
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from griffin_vllm.checkpoint import open_head
+from griffin_vllm.checkpoint import open_head, weights_digest
 from griffin_vllm.cli import app
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving import tune
-from griffin_vllm.serving.tune import Point, Tuning, choose, read_tuning, write_tuning
+from griffin_vllm.serving.tune import choose
+from griffin_vllm.serving.tuning import (
+    TUNING_FILE,
+    Point,
+    Tuning,
+    acceptance_length,
+    machine,
+    read_tuning,
+    vllm_version,
+    write_tuning,
+)
 from tests.serving import tiny
 
 
@@ -43,10 +52,10 @@ def head(tmp_path: Path) -> Path:
 
 def tuning(head: Path, **changes: object) -> Tuning:
     found = Tuning(
-        machine=tune.machine(),
-        vllm=tune.vllm_version(),
+        machine=machine(),
+        vllm=vllm_version(),
         target="target",
-        weights=tune.weights_digest(open_head(head)),
+        weights=weights_digest(open_head(head).weights),
         position_acceptance=[0.5],
         points=[point(1, 0, 40), point(1, 1, 44)],
         num_speculative_tokens=1,
@@ -57,14 +66,14 @@ def tuning(head: Path, **changes: object) -> Tuning:
 
 @pytest.mark.parametrize("other", [{"machine": "another"}, {"vllm": "0.1"}, {"weights": "0" * 16}])
 def test_a_tuning_of_another_machine_vllm_or_head_is_not_used(head: Path, other: dict[str, str]) -> None:
-    write_tuning(head / tune.TUNING_FILE, tuning(head))
+    write_tuning(head / TUNING_FILE, tuning(head))
     assert read_tuning(open_head(head)) == tuning(head)
-    write_tuning(head / tune.TUNING_FILE, tuning(head, **other))
+    write_tuning(head / TUNING_FILE, tuning(head, **other))
     assert read_tuning(open_head(head)) is None
 
 
 def test_a_damaged_tuning_is_named(head: Path) -> None:
-    (head / tune.TUNING_FILE).write_text("{")
+    (head / TUNING_FILE).write_text("{")
     with pytest.raises(GriffinError, match=r"tuning\.json: is not a tuning"):
         read_tuning(open_head(head))
 
@@ -95,9 +104,10 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(tmp_path: Path, 
     # plain rounds yield one token, drafting ones more
     assert {one.acceptance_length for one in found.points if not one.num_speculative_tokens} == {1.0}
     assert all(one.acceptance_length > 1 for one in found.points if one.num_speculative_tokens)
-    assert found.acceptance_length(2) > found.acceptance_length(1) > 1.1
+    lengths = [acceptance_length(found.position_acceptance, k) for k in (1, 2)]
+    assert lengths[1] > lengths[0] > 1.1
 
-    write_tuning(head / tune.TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
+    write_tuning(head / TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
 
     def configured(**asked: object) -> object:
         arguments = EngineArgs(model=target, max_model_len=128, spec_model=f"griffin:{head}", **asked)

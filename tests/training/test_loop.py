@@ -21,7 +21,7 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.checkpoints import latest_checkpoint
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.loop import Trainer, learning_rate, plan_steps
-from tests.training.tiny import write_data, write_target
+from tests.training.tiny import write_data
 
 BASE = {
     "stages": [{"draft_steps": 1, "epochs": 2, "k_weight": 0.0}, {"draft_steps": 2, "epochs": 2}],
@@ -31,16 +31,6 @@ BASE = {
     "precision": "fp32",
     "validation_samples": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "tokens", target)
 
 
 def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:

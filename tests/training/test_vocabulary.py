@@ -21,7 +21,6 @@ from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
 from tests.training.test_loop import settings
 from tests.training.test_steps import make_head, random_batch
-from tests.training.tiny import write_data, write_target
 
 V = 50
 DRAFTED = torch.arange(0, V, 3)
@@ -87,16 +86,6 @@ def test_a_simulated_draft_is_the_best_of_the_drafted_tokens() -> None:
     batch = replace(batch, next_tokens=torch.where(torch.rand(best.shape) < 0.5, best, batch.next_tokens))
     hits = draft_hits(head, VOCABULARY.restrict_weights(shared), VOCABULARY.restrict_batch(batch), K=1)
     assert torch.equal(hits[0], (best == batch.next_tokens) & batch.loss_mask)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, target: Path) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "tokens", target)
 
 
 def test_the_most_frequent_answer_tokens_and_the_special_ones_are_chosen(target: Path, data: Path) -> None:

@@ -1,0 +1,119 @@
+"""What `griffin tune` writes and the plugin reads: the number of drafts that pays, by batch size.
+
+A tuning holds for the head, machine and vLLM that it was measured with.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from griffin_vllm.checkpoint import Head, weights_digest
+from griffin_vllm.errors import GriffinError
+
+TUNING_FILE = "tuning.json"
+
+
+class Point(BaseModel):
+    """One measurement: milliseconds a round, tokens a request and round, tokens a second of the batch."""
+
+    batch_size: PositiveInt
+    num_speculative_tokens: NonNegativeInt
+    step_ms: PositiveFloat
+    acceptance_length: PositiveFloat
+    tokens_per_second: PositiveFloat
+
+
+class Tuning(BaseModel):
+    """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    machine: str
+    vllm: str
+    target: str
+    weights: str
+    position_acceptance: list[float]
+    points: list[Point]
+    num_speculative_tokens: PositiveInt
+    schedule: list[tuple[int, int, int]]
+
+    def predicted(self, point: Point) -> float:
+        """Tokens a second by the cost model."""
+        return predicted_speed(point, self.position_acceptance)
+
+    def speculative_config(self) -> dict[str, Any]:
+        """The keys of vLLM's speculative config that this tuning sets."""
+        found: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
+        if {k for _, _, k in self.schedule} != {self.num_speculative_tokens}:
+            found["num_speculative_tokens_per_batch_size"] = self.schedule
+        return found
+
+
+def acceptance_length(position_acceptance: Sequence[float], k: int) -> float:
+    """Of chains of ``k`` drafts: a chain's acceptance at a position does not depend on how many follow."""
+    return 1 + sum(position_acceptance[:k])
+
+
+def predicted_speed(point: Point, position_acceptance: Sequence[float]) -> float:
+    """Tokens a second of a batch whose rounds take as long as the point's."""
+    tau = acceptance_length(position_acceptance, point.num_speculative_tokens)
+    return 1000 * point.batch_size * tau / point.step_ms
+
+
+def read_tuning(head: Head) -> Tuning | None:
+    """The tuning beside ``head``, unless it was made for other weights, another machine or vLLM.
+
+    Raises:
+        GriffinError: the file is damaged.
+    """
+    path = head.folder / TUNING_FILE
+    if not path.is_file():
+        return None
+    try:
+        tuning = Tuning.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise GriffinError(f"{path}: is not a tuning ({reason}); delete it or run `griffin tune`") from error
+    ours = (machine(), vllm_version(), weights_digest(head.weights))
+    return tuning if (tuning.machine, tuning.vllm, tuning.weights) == ours else None
+
+
+def write_tuning(path: Path, tuning: Tuning) -> None:
+    """Write ``path`` whole or not at all.
+
+    Raises:
+        GriffinError: it cannot be written.
+    """
+    staging = path.with_name(path.name + ".part")
+    try:
+        staging.write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
+
+
+def machine() -> str:
+    """The machine that a tuning holds for: device, processor and cores."""
+    from vllm.platforms import current_platform
+
+    return f"{current_platform.get_device_name()}, {processor()}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def vllm_version() -> str:
+    import vllm
+
+    return vllm.__version__
