@@ -3,8 +3,8 @@
     python benchmarks/report.py benchmarks/results/*.json --out report [--readme README.md] [--training RUN]
 
 Prints the tables as Markdown and writes ``report.html`` and the plots as SVG into ``--out``. With ``--readme``
-the short tables (lowest concurrency) and the plots also replace what lies between the README's markers. Below
-each table stand the machine, versions, engine settings and date of its numbers.
+short tables (a column a data set) and the plots also replace what lies between the README's markers. Below each
+table stand the machine, versions, engine settings and date of its numbers.
 """
 
 from __future__ import annotations
@@ -72,6 +72,19 @@ SHOWN = {
     "soak": "method, K, minutes, requests sent, finished, aborted, lost, answers, identical, near-tie, wrong, "
     "tau at first, tau at last, MiB grown",
 }
+# The README has one line a run and one column a data set: what names the run, what a cell holds, and how.
+OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "acceptance": (
+        "method, K, T",
+        "tau (without loops)",
+        lambda row: f"{COLUMNS['tau'](row)} ({COLUMNS['tau without loops'](row) or '-'})",
+    ),
+    "speed": (
+        "method, K, T, requests at a time",
+        "speed in units of plain decoding [95 % interval]",
+        lambda row: COLUMNS["speedup"](row),
+    ),
+}
 MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
@@ -136,15 +149,15 @@ def conditions(settings: dict[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def cells(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def cells(source: Source) -> list[list[str]]:
     titles = SHOWN[source.kind].split(", ")
-    return [titles, *([COLUMNS[title](row) for title in titles] for row in rows)]
+    return [titles, *([COLUMNS[title](row) for title in titles] for row in source.results)]
 
 
-def margins(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def margins(source: Source) -> list[list[str]]:
     """GRIFFIN's acceptance length over every other speculator's at the same K and temperature, data set by
     data set and over all of them, as table cells; empty where there is nothing to compare."""
-    drafted = [row for row in rows if row["method"] != "none" and row.get("conversations")]
+    drafted = [row for row in source.results if row["method"] != "none" and row.get("conversations")]
     groups: dict[tuple[Any, ...], dict[str, dict[str, dict[str, list[int]]]]] = {}
     for row in drafted:
         group = groups.setdefault((row["num_speculative_tokens"], row["temperature"], row["concurrency"]), {})
@@ -163,9 +176,9 @@ def margins(source: Source, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [MARGINS, *sorted(lines)] if lines else []
 
 
-def markdown(source: Source, rows: Sequence[dict[str, Any]]) -> str:
-    parts = [f"**{TITLES[source.kind]}**", _pipes(cells(source, rows))]
-    if compared := margins(source, rows):
+def markdown(source: Source) -> str:
+    parts = [f"**{TITLES[source.kind]}**", _pipes(cells(source))]
+    if compared := margins(source):
         parts += ["Acceptance length against the others, with 95 % intervals:", _pipes(compared)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
@@ -175,10 +188,23 @@ def _pipes(table: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
 
 
-def lowest_load(source: Source) -> list[dict[str, Any]]:
-    """The rows for the README: one request at a time, or the fewest that were measured."""
-    least = min((row["concurrency"] for row in source.results), default=0)
-    return [row for row in source.results if row["concurrency"] == least]
+def overview(source: Source) -> str:
+    """The README's share of a record, as Markdown."""
+    if source.kind not in OVERVIEW:
+        return markdown(source)
+    naming, content, cell = OVERVIEW[source.kind]
+    titles = naming.split(", ")
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in source.results:
+        line = lines.setdefault(tuple(COLUMNS[title](row) for title in titles), {})
+        line[COLUMNS["data set"](row)] = cell(row)
+    datasets = list(dict.fromkeys(name for line in lines.values() for name in line))
+    body = [[*run, *(line.get(name, "") for name in datasets)] for run, line in lines.items()]
+    parts = [f"**{TITLES[source.kind]}**: {content}", _pipes([[*titles, *datasets], *body])]
+    header, *compared = margins(source) or [[]]
+    if pooled := [line for line in compared if line[0] == "all"]:
+        parts += ["Over all data sets, with 95 % intervals:", _pipes([header, *pooled])]
+    return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
 
 def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
@@ -289,8 +315,8 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
     for drawing in drawings.values():
         body.append(drawing[drawing.index("<svg") :])
     for source in sources:
-        body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source, source.results))}")
-        if compared := margins(source, source.results):
+        body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source))}")
+        if compared := margins(source):
             body.append(f"<p>Acceptance length against the others:</p>\n{_html_table(compared)}")
         body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
     title = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
@@ -328,13 +354,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, drawing in drawings.items():
         records.write_atomically(args.out / f"{name}.svg", drawing)
     records.write_atomically(args.out / "report.html", page(sources, drawings))
-    print("\n".join(markdown(source, source.results) for source in sources))
+    print("\n".join(map(markdown, sources)))
     if args.readme:
         folder = Path(os.path.relpath(args.out, args.readme.parent))
         images = [
             f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
         ]
-        rewrite(args.readme, "\n".join([*(markdown(one, lowest_load(one)) for one in sources), *images]))
+        rewrite(args.readme, "\n".join([*map(overview, sources), *images]))
     return 0
 
 
