@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def _plan(methods: Sequence[Method], args: argparse.Namespace) -> list[Run]:
     for run in runs(methods, args.num_speculative_tokens):
         for sampler in args.draft_sample_method if run.method.head else ["greedy"]:
             if sampler == "greedy" or any(args.temperature):
-                planned.append(Run(run.method, run.num_speculative_tokens, sampler))
+                planned.append(replace(run, draft_sample_method=sampler))
     return planned
 
 

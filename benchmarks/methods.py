@@ -9,9 +9,12 @@ from typing import Any
 
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tuning import read_tuning
 
 # HASS changes how an EAGLE head is trained; what is served is an EAGLE head.
 VLLM_METHODS = {"eagle": "eagle", "hass": "eagle", "eagle3": "eagle3", "griffin": "griffin"}
+# Instead of a number of draft tokens: what `griffin tune` found best at each batch size.
+TUNED = "tuned"
 WITHOUT_HEAD: dict[str, dict[str, Any]] = {
     "none": {},
     "ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 5},
@@ -45,15 +48,21 @@ class Run:
     method: Method
     num_speculative_tokens: int
     draft_sample_method: str = "greedy"
+    # of `griffin tune`: (first, last, K) for each range of batch sizes
+    schedule: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def speculative_config(self) -> dict[str, Any] | None:
-        return self.method.speculative_config(self.num_speculative_tokens, self.draft_sample_method)
+        config = self.method.speculative_config(self.num_speculative_tokens, self.draft_sample_method)
+        if config and {k for _, _, k in self.schedule} - {self.num_speculative_tokens}:
+            config["num_speculative_tokens_per_batch_size"] = list(self.schedule)
+        return config
 
     @property
     def label(self) -> str:
         name = self.method.name + (f":{shown(self.method.head)}" if self.method.head else "")
         drafts = f" K={self.num_speculative_tokens}" if self.num_speculative_tokens else ""
+        drafts += " tuned" if self.schedule else ""
         return (
             name + drafts + ("" if self.draft_sample_method == "greedy" else f" {self.draft_sample_method}")
         )
@@ -67,6 +76,8 @@ class Run:
         }
         if self.method.head:
             fields["draft_sample_method"] = self.draft_sample_method
+        if self.schedule:
+            fields["schedule"] = [list(rule) for rule in self.schedule]
         return fields
 
 
@@ -106,6 +117,32 @@ def parse_methods(text: str) -> list[Method]:
     return methods
 
 
-def runs(methods: Iterable[Method], ks: Sequence[int]) -> list[Run]:
-    """Every method at every number of draft tokens, ``none`` once each time that it is named."""
-    return [Run(method, k) for method in methods for k in ((0,) if method.name == "none" else tuple(ks))]
+def number_of_drafts(text: str) -> int | str:
+    """A number, or the word ``TUNED``."""
+    return TUNED if text == TUNED else int(text)
+
+
+def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
+    """Every method at every number of draft tokens, ``none`` once each time that it is named, and GRIFFIN heads
+    also as they are ``TUNED``.
+
+    Raises:
+        GriffinError: a head has no tuning of this machine and vLLM.
+    """
+    planned = []
+    for method in methods:
+        if method.name == "none":
+            planned.append(Run(method, 0))
+            continue
+        planned += [Run(method, k) for k in ks if isinstance(k, int)]
+        if TUNED in ks and method.name == "griffin":
+            planned.append(_tuned(method))
+    return planned
+
+
+def _tuned(method: Method) -> Run:
+    head = open_head(find_head(str(method.head)))
+    tuning = read_tuning(head)
+    if tuning is None:
+        raise GriffinError(f"{head.folder}: has no tuning of this machine and vLLM; run `griffin tune` first")
+    return Run(method, tuning.num_speculative_tokens, schedule=tuple(tuning.schedule))

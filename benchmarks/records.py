@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.methods import Method, Run, head_digest, parse_methods, shown
+from benchmarks.methods import Method, Run, head_digest, number_of_drafts, parse_methods, shown
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import processor
@@ -40,7 +40,13 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     add("--prompts", required=True, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
     add("--num-prompts", type=int, metavar="N", help="only the first N conversations of each file")
     add("--turns", type=int, metavar="N", help="only the first N turns of each conversation")
-    add("--num-speculative-tokens", type=_list_of(int), default=[5], metavar="K[,K]")
+    add(
+        "--num-speculative-tokens",
+        type=_list_of(number_of_drafts),
+        default=[5],
+        metavar="K[,K]",
+        help="numbers; `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
+    )
     add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]")
     add("--concurrency", type=_list_of(int), default=[1], metavar="N[,N]", help="requests at a time")
     add("--max-tokens", type=int, default=128, help="longest answer; answers end at EOS")

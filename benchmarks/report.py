@@ -40,7 +40,7 @@ TITLES = {
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
     "method": lambda row: method_name(row),
-    "K": lambda row: f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else ""),
+    "K": lambda row: drafts(row),
     "T": lambda row: f"{row['temperature']:g}",
     "requests at a time": lambda row: str(row["concurrency"]),
     "tau": lambda row: number(row, "acceptance_length", 2),
@@ -106,6 +106,12 @@ def method_name(row: dict[str, Any]) -> str:
     head = f" ({row['head'].rstrip('/').rsplit('/', 1)[-1]})" if row.get("head") else ""
     sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
     return row["method"] + head + sampler
+
+
+def drafts(row: dict[str, Any]) -> str:
+    if "schedule" in row:
+        return "tuned"
+    return f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else "")
 
 
 def number(row: dict[str, Any], field: str, digits: int, suffix: str = "") -> str:
@@ -236,7 +242,7 @@ def _panels(rows: Sequence[dict[str, Any]], y: str) -> tuple[Figure, dict[str, A
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{method_name(row)} K={row['num_speculative_tokens']} T={row['temperature']:g}"
+    return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}"
 
 
 def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:

@@ -163,7 +163,7 @@ def best_ks(tuning: Path) -> dict[Method, int]:
     """Each method's fastest number of draft tokens in a tuning record, over data sets and loads."""
     speedups: dict[Method, dict[int, list[float]]] = {}
     for row in read_json(tuning)["results"]:
-        if row["method"] != "none" and "speedup" in row:
+        if row["method"] != "none" and "speedup" in row and "schedule" not in row:
             by_k = speedups.setdefault(Method(row["method"], row["head"]), {})
             by_k.setdefault(row["num_speculative_tokens"], []).append(row["speedup"])
     if not speedups:
@@ -171,11 +171,11 @@ def best_ks(tuning: Path) -> dict[Method, int]:
     return {method: max(by_k, key=lambda k: geometric_mean(by_k[k])) for method, by_k in speedups.items()}
 
 
-def _plan(methods: Sequence[Method], ks: Sequence[int], best: dict[Method, int]) -> list[Run]:
+def _plan(methods: Sequence[Method], ks: Sequence[int | str], best: dict[Method, int]) -> list[Run]:
     planned = []
     for method in methods:
         extra = [best[named(method)]] if named(method) in best else []
-        planned += runs([method], sorted({*ks, *extra}))
+        planned += runs([method], list(dict.fromkeys([*ks, *extra])))
     return planned
 
 
@@ -242,7 +242,7 @@ def _rows(
             "time_per_output_token_ms": 1000 * seconds / tokens,
             "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
         }
-        if best.get(named(run.method)) == run.num_speculative_tokens:
+        if best.get(named(run.method)) == run.num_speculative_tokens and not run.schedule:
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0

@@ -10,7 +10,10 @@ import pytest
 
 from benchmarks.methods import parse_methods, runs
 from benchmarks.prompts import read_prompts
+from griffin_vllm.checkpoint import open_head, weights_digest
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tuning import TUNING_FILE, Tuning, machine, vllm_version, write_tuning
+from tests.serving import tiny
 
 RECORDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mt-bench": ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, ("a", "b")),
@@ -77,3 +80,26 @@ def test_methods_become_vllm_configs(tmp_path: Path) -> None:
         "num_speculative_tokens": 5,
         "draft_sample_method": "probabilistic",
     }
+
+
+def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write_head(tmp_path / "head")
+    [griffin] = parse_methods(f"griffin:{folder}")
+    with pytest.raises(GriffinError, match="run `griffin tune`"):
+        runs([griffin], ["tuned"])
+    tuning = Tuning(
+        machine=machine(),
+        vllm=vllm_version(),
+        target="target",
+        weights=weights_digest(open_head(folder).weights),
+        position_acceptance=[0.5],
+        points=[],
+        num_speculative_tokens=2,
+        schedule=[(1, 2, 2), (3, 8, 0)],
+    )
+    write_tuning(folder / TUNING_FILE, tuning)
+    fixed, tuned = runs([griffin], [3, "tuned"])
+    assert fixed.num_speculative_tokens == 3
+    assert tuned.num_speculative_tokens == 2
+    config = tuned.speculative_config or {}
+    assert config["num_speculative_tokens_per_batch_size"] == [(1, 2, 2), (3, 8, 0)]
