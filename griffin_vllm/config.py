@@ -60,6 +60,10 @@ class HeadConfig(BaseModel):
         lt=1,
         description="stop drafting when the drafts so far are all right with less than this probability",
     )
+    draft_context_limit: PositiveInt | None = Field(
+        default=None,
+        description="tokens of context beyond which a request gets no drafts; None: it always gets them",
+    )
 
     @classmethod
     def read(cls, path: Path) -> HeadConfig:
@@ -96,6 +100,7 @@ class HeadConfig(BaseModel):
             "draft_vocab_size": self.draft_vocab_size,
             "trained_context_length": self.trained_context_length,
             "draft_stop_probability": self.draft_stop_probability,
+            "draft_context_limit": self.draft_context_limit,
             "torch_dtype": "bfloat16",
         }
 
@@ -145,6 +150,7 @@ class HeadConfig(BaseModel):
                 "num_speculative_tokens": speculators["proposal_methods"][0]["speculative_tokens"],
                 "trained_context_length": raw.get("trained_context_length"),
                 "draft_stop_probability": raw.get("draft_stop_probability", 0.0),
+                "draft_context_limit": raw.get("draft_context_limit"),
             }
         except (KeyError, IndexError, TypeError) as error:
             raise GriffinError.at(

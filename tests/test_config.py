@@ -35,6 +35,7 @@ HEAD = HeadConfig(
     target="org/target",
     num_speculative_tokens=3,
     trained_context_length=256,
+    draft_context_limit=512,
 )
 
 
@@ -65,6 +66,13 @@ def test_a_qwen2_reference_head_keeps_its_biases_and_rotary_base(tmp_path: Path)
 
 def test_the_served_layout_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert HeadConfig.read(write(tmp_path, HEAD.to_served())) == HEAD
+
+
+def test_a_served_head_that_names_no_limits_has_none(tmp_path: Path) -> None:
+    silent = without(without(HEAD.to_served(), "draft_context_limit"), "draft_stop_probability")
+    config = HeadConfig.read(write(tmp_path, silent))
+    assert config.draft_context_limit is None
+    assert config.draft_stop_probability == 0
 
 
 SERVED = HEAD.to_served()
@@ -120,6 +128,10 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
         "transformer_layer_config is None",
     ),
     "served without provenance": (without(SERVED, "speculators_config"), "speculators_config is None"),
+    "no context to draft in": (
+        SERVED | {"draft_context_limit": 0},
+        "draft_context_limit is 0, expected greater than 0",
+    ),
     "recommended K of zero": (
         SERVED
         | {

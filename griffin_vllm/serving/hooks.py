@@ -136,6 +136,7 @@ def _read_our_configs(algos: ModuleType) -> None:
             config_dict.get("draft_vocab_size") or pre_trained_config["vocab_size"]
         )
         pre_trained_config["draft_stop_probability"] = config_dict.get("draft_stop_probability", 0.0)
+        pre_trained_config["draft_context_limit"] = config_dict.get("draft_context_limit")
 
 
 def _know_our_model(models: ModuleType) -> None:

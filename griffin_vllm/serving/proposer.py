@@ -12,7 +12,10 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from griffin_vllm.serving.model import GriffinForCausalLM
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
@@ -20,7 +23,7 @@ class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and two ways of drafting less.
+    """vLLM's EAGLE proposer with what LoRA needs, and three ways of drafting less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -33,22 +36,34 @@ class GriffinProposer(EagleProposer):
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
 
     *No drafts wanted* (K = 0 from a batch-size schedule): the head only writes its KV cache.
+
+    *Long contexts*: requests whose context has passed the head's ``draft_context_limit`` get no drafts; a
+    batch of none but such is one where no drafts are wanted. A scheduler that does not wait for the drafts
+    (asynchronous scheduling) has made room for K of each request already: there they are drafted for in
+    a mixed batch and get zeros in a batch of their own, as ``_input_fits_in_drafter`` of vLLM's
+    ``gpu_model_runner.py`` does it.
     """
 
     model: GriffinForCausalLM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.vllm_config
+        config, head = self.vllm_config, self.draft_model_config.hf_config
+        # Ranks of data parallelism that share experts must all take the same number of draft steps.
+        self.steps_may_vary = config.parallel_config.data_parallel_size == 1
+        self.scheduler_waits = not config.scheduler_config.async_scheduling
         shapes_may_vary = (
-            not config.scheduler_config.async_scheduling
+            self.steps_may_vary
+            and self.scheduler_waits
             and config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
             and config.parallel_config.tensor_parallel_size == 1
         )
-        stop_probability = getattr(self.draft_model_config.hf_config, "draft_stop_probability", 0.0)
+        stop_probability = getattr(head, "draft_stop_probability", 0.0)
         self.stop_probability = stop_probability if shapes_may_vary else 0.0
+        self.context_limit: int | None = getattr(head, "draft_context_limit", None)
         self._drafts: list[torch.Tensor] = []
-        self._likelihood: torch.Tensor | None = None
+        # Of each request's chain so far; 0 where nobody wants it.
+        self._likelihood: torch.Tensor | float = 1.0
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; a target that takes LoRA adapters shares its embeddings without them.
@@ -61,10 +76,30 @@ class GriffinProposer(EagleProposer):
         if isinstance(embed_tokens, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embed_tokens.base_layer
 
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._drafts, self._likelihood = [], None
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[list[int]]:
+        """Drafts (requests, K or fewer); a list where requests get different numbers of them."""
+        wanted: int = kwargs["num_speculative_tokens"]
+        near = self._within_limit(kwargs["common_attn_metadata"])
+        all_far = self.steps_may_vary and not any(near)
+        drafts = self._draft(near, *args, **kwargs | {"num_speculative_tokens": 0 if all_far else wanted})
+        if all(near) or (all_far and self.scheduler_waits):
+            return drafts
+        if not self.scheduler_waits:
+            return drafts.new_zeros(len(near), wanted) if all_far else drafts
+        return [row if close else [] for row, close in zip(drafts.tolist(), near, strict=True)]
+
+    def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
+        """Of each request, whether its context, drafts under verification included, is within the limit."""
+        if self.context_limit is None or metadata.max_seq_len <= self.context_limit:
+            return [True] * metadata.num_reqs
+        lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
+        return (lengths <= self.context_limit).tolist()
+
+    def _draft(self, near: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._drafts = []
+        self._likelihood = 1.0 if all(near) else torch.tensor(near, device=self.device).float()
         if isinstance(self.model, GriffinForCausalLM):
-            self.model.writes_cache_only = kwargs.get("num_speculative_tokens") == 0
+            self.model.writes_cache_only = kwargs["num_speculative_tokens"] == 0
         try:
             return super().propose(*args, **kwargs)
         except DraftedEnough:
@@ -76,7 +111,7 @@ class GriffinProposer(EagleProposer):
             return self.model.get_top_tokens(hidden_states)
         tokens, probabilities = self.model.get_top_tokens_and_probabilities(hidden_states)
         self._drafts.append(tokens)
-        self._likelihood = probabilities if self._likelihood is None else self._likelihood * probabilities
+        self._likelihood = self._likelihood * probabilities
         if len(self._drafts) < self.num_speculative_tokens and self._likelihood.max() < self.stop_probability:
             raise DraftedEnough
         return tokens

@@ -114,3 +114,93 @@ def test_drafting_begins_again_when_the_batch_is_small_enough(target: str, tmp_p
         assert ask(llm, "hello world", "how are you?") == expected
         assert ask(llm, "hello world") == expected[:1]
         assert spec_counters(llm)["num_accepted_tokens"] > 0
+
+
+LIMIT = 60
+SHORT, LONG = "hello world", "a long text, longer than the limit of the head from its beginning on"
+
+
+@pytest.fixture
+def drafted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each request and step: tokens of its context, and of the drafts that the scheduler got for it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    found: list[tuple[int, int]] = []
+    update = Scheduler.update_draft_token_ids
+
+    def noted(self: Any, drafts: Any) -> None:
+        for request, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            if request in self.requests:
+                found.append((self.requests[request].num_tokens, len(tokens)))
+        update(self, drafts)
+
+    monkeypatch.setattr(Scheduler, "update_draft_token_ids", noted)
+    return found
+
+
+@pytest.mark.parametrize("stop_probability", [0.0, 0.6])
+def test_requests_past_the_heads_limit_get_no_drafts_and_others_beside_them_do(
+    target: str, tmp_path: Path, drafted: list[tuple[int, int]], stop_probability: float
+) -> None:
+    config = tiny.CONFIG.model_copy(
+        update={"draft_context_limit": LIMIT, "draft_stop_probability": stop_probability}
+    )
+    head = tiny.write_head(tmp_path / "head", config)
+    with engine(model=target) as llm:
+        expected = ask(llm, SHORT, LONG)
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        assert ask(llm, SHORT, LONG) == expected
+        together = list(drafted)
+        drafted.clear()
+        assert ask(llm, LONG) == expected[1:]
+        assert spec_counters(llm)["num_accepted_tokens"] > 0
+    assert {drafts for context, drafts in together if context > LIMIT + 1} == {0}
+    near = [drafts for context, drafts in together if context <= LIMIT - K]
+    assert near
+    assert min(near) > 0
+    assert {drafts for _, drafts in drafted} == {0}
+
+
+def test_a_batch_past_the_heads_limit_runs_no_draft_step(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from griffin_vllm.serving.model import GriffinForCausalLM
+
+    calls: list[tuple[int, bool]] = []
+    forward = GriffinForCausalLM.forward
+
+    def counted(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((len(input_ids), self.writes_cache_only))
+        return forward(self, input_ids, *args, **kwargs)
+
+    head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update={"draft_context_limit": LIMIT}))
+    monkeypatch.setattr(GriffinForCausalLM, "forward", counted)
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        calls.clear()
+        ask(llm, LONG, LONG)
+    # two requests, one token each a step: nothing was drafted, so nothing is verified
+    assert calls == [(2 * len(LONG), True)] + [(2, True)] * 39
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [([70, 80], 0), ([50, 80], 7), ([50, 55], 7)])
+def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cpu_has_none(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: int
+) -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    def draft(self: Any, num_speculative_tokens: int, **kwargs: Any) -> torch.Tensor:
+        return torch.full((2, num_speculative_tokens), 7)
+
+    monkeypatch.setattr(EagleProposer, "propose", draft)
+    proposer: Any = object.__new__(GriffinProposer)
+    proposer.context_limit, proposer.device, proposer.model = LIMIT, torch.device("cpu"), None
+    proposer.steps_may_vary, proposer.scheduler_waits = True, False
+    metadata = SimpleNamespace(
+        num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
+    )
+    drafts = proposer.propose(num_speculative_tokens=K, common_attn_metadata=metadata)
+    assert torch.equal(drafts, torch.full((2, K), expected))
