@@ -74,15 +74,25 @@ compat:
 	$(PYTHON) benchmarks/compat.py
 
 RESULTS := benchmarks/results
-BENCH_METHODS ?= none,ngram,griffin:$(TARGET)
+HEADS := benchmarks/baselines
+BENCH_METHODS ?= none,ngram,eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),$\
+hass:$(HEADS)/hass-matched-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
 BENCH_PROMPTS ?= $(wildcard ../shared/data/prompts/*.jsonl ../shared/data/sharegpt-heldout.json)
-BENCH = --target $(TARGET_FOLDER) --methods $(BENCH_METHODS) --prompts $(BENCH_PROMPTS) \
-  --num-speculative-tokens 3,5
+BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
+# Not compiled, for the reason that `serve` gives.
+BENCH_SPEED = --num-prompts 4 --max-tokens 96 --dtype bfloat16 --enforce-eager
 MEASURE = $(OPENMP) $(BIN)/python
 
 bench: $(INSTALLED) demo-model
-	mkdir -p $(RESULTS)
-	$(MEASURE) benchmarks/acceptance.py $(BENCH) --json $(RESULTS)/acceptance.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) --num-prompts 20 --json $(RESULTS)/speed.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/acceptance.json $(RESULTS)/speed.json \
-	  --out $(RESULTS) --readme README.md
+	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --enforce-eager --explain
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3,5 \
+	  --num-prompts 20 --json $(RESULTS)/acceptance.json
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3 \
+	  --temperature 1 --draft-sample-method greedy,probabilistic --num-prompts 8 \
+	  --json $(RESULTS)/acceptance-sampled.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods $(BENCH_METHODS) \
+	  --num-speculative-tokens 2,3,5 --concurrency 1 --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,griffin:$(TARGET) \
+	  --num-speculative-tokens tuned --concurrency 2,4,8,16 --num-prompts 16 --json $(RESULTS)/speed-by-load.json
+	$(BIN)/python benchmarks/report.py $(addprefix $(RESULTS)/,acceptance.json acceptance-sampled.json \
+	  speed.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) --out $(RESULTS) --readme README.md
