@@ -49,7 +49,7 @@ def model_card(
         "---",
         f"# {train.method.upper()} draft head for {config.target}",
         "",
-        f"A {train.head_name} head trained by griffin-vllm, alignment mask `{train.alignment_rule}`.",
+        f"Head: {train.head_name.upper()}; alignment mask: `{train.alignment_rule}`; trained by griffin-vllm.",
         "",
         "| | |",
         "| --- | --- |",
