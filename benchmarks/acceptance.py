@@ -19,17 +19,21 @@ greedily in float32, recorded once in a file beside ``--json``. The engines run 
 follow the recorded answers, and should an answer leave the recorded one at a near-tie, only the passes
 before that are scored. ``identical_answers`` is the share that never left it. ``conversations`` holds each
 one's scored tokens and passes, from which the report draws the intervals of ratios between methods.
+
+With ``--oracle`` rows of the method ``oracle`` tell the acceptance length that the best possible greedy drafts
+would have had on plain decoding's sampled answers (``oracle.py``): the bound for a head at a temperature.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +43,7 @@ from benchmarks import engines, records
 from benchmarks.engines import Answer
 from benchmarks.intervals import paired_ratio
 from benchmarks.methods import Method, Run, runs
+from benchmarks.oracle import Oracle
 from benchmarks.prompts import PromptSet
 from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
@@ -60,6 +65,15 @@ COLUMNS = (
     "position_acceptance",
     "identical_answers",
 )
+
+
+class Sampled(NamedTuple):
+    """Answers of plain decoding at a temperature, repeat by repeat."""
+
+    prompts: PromptSet
+    temperature: float
+    concurrency: int
+    repeats: list[list[Answer]]
 
 
 @dataclass
@@ -176,10 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how heads draft at a temperature",
     )
     parser.add_argument("--repeats", type=int, default=3, help="at a temperature; 0 needs one")
+    parser.add_argument("--oracle", action="store_true", help="bound greedy drafts at a temperature")
     args = parser.parse_args(argv)
     if 0 in args.temperature and args.dtype != "float32":
         raise GriffinError.at("acceptance.py", "--dtype", args.dtype, "'float32' at temperature 0")
     methods, sets = records.load_inputs(args)
+    if args.oracle and not (any(args.temperature) and Method("none") in methods):
+        raise GriffinError("--oracle: replays what 'none' answers at a temperature above 0; name both")
     record = records.Record("acceptance", args, sets)
     arguments = records.engine_arguments(args)
     trajectory = Trajectory(args, sets)
@@ -187,11 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if 0 in args.temperature and len(trajectory.answers) < len(sets):
         # plain decoding comes first: it is what writes the trajectory
         planned = [Run(Method("none"), 0), *(run for run in planned if run.method.name != "none")]
+    sampled: list[Sampled] = []
     for run in planned:
         with record.attempt(run), engines.start(run, **arguments) as llm:
             record.note_engine(run, engines.resolved_settings(llm))
             for prompts in sets:
-                _measure(llm, run, prompts, args, trajectory, record)
+                found = _measure(llm, run, prompts, args, trajectory, record)
+                sampled += found if run.method.name == "none" else []
+    if args.oracle:
+        with record.attempt(Run(Method("oracle"), 0)):
+            record.results += _oracle_rows(sampled, args)
     if not any(method.name == "none" for method in methods):
         record.results = [row for row in record.results if row["method"] != "none"]
     return record.finish(COLUMNS)
@@ -213,7 +235,8 @@ def _measure(
     args: argparse.Namespace,
     trajectory: Trajectory,
     record: records.Record,
-) -> None:
+) -> list[Sampled]:
+    sampled = []
     conversations = engines.fitting(
         llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
     )
@@ -259,6 +282,30 @@ def _measure(
             if len(scored) > 1:
                 row["acceptance_length_repeats"] = [acceptance_length(repeat) for repeat in scored]
             record.results.append(row)
+            if not greedy:
+                sampled.append(Sampled(prompts, temperature, concurrency, repeats))
+    return sampled
+
+
+def _oracle_rows(sampled: Sequence[Sampled], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    oracle = Oracle(args.target, args.dtype)
+    for one in sampled:
+        seen = [
+            look
+            for answers in one.repeats
+            for look in oracle.look(one.prompts.conversations, answers, one.temperature)
+        ]
+        for run in runs([Method("oracle")], args.num_speculative_tokens):
+            k = run.num_speculative_tokens
+            yield {
+                **run.fields(),
+                "dataset": one.prompts.name,
+                "temperature": one.temperature,
+                "concurrency": one.concurrency,
+                "num_prompts": len({look.answer.conversation for look in seen}),
+                "mean_top_probability": fmean(p for look in seen for p in look.top_probabilities[1:]),
+                **summarise([score(look.replayed(k), None) for look in seen], k),
+            }
 
 
 def _vllm_counters(before: dict[str, int], after: dict[str, int]) -> dict[str, float]:

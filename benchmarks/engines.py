@@ -118,7 +118,7 @@ def fitting(
 
     def longest(conversation: Conversation) -> int:
         turns = len(conversation.turns)
-        return len(_render(tokenizer, conversation.turns, [""] * (turns - 1))) + turns * max_tokens
+        return len(render_turns(tokenizer, conversation.turns, [""] * (turns - 1))) + turns * max_tokens
 
     return [conversation for conversation in conversations if longest(conversation) <= max_model_len]
 
@@ -158,7 +158,7 @@ def answer(
     def submit(conversation: Conversation) -> None:
         before = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said[conversation.id]]
         turn = len(before)
-        prompt = _render(tokenizer, conversation.turns[: turn + 1], before)
+        prompt = render_turns(tokenizer, conversation.turns[: turn + 1], before)
         number = str(next(numbers))
         running[number] = (conversation, Answer(conversation.id, turn, len(prompt)), time.perf_counter())
         engine.add_request(number, {"prompt_token_ids": prompt}, parameters)
@@ -188,7 +188,7 @@ def answer(
     return sorted(finished, key=lambda found: (order[found.conversation], found.turn))
 
 
-def _render(tokenizer: Any, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+def render_turns(tokenizer: Any, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
     """Prompt of the last turn."""
     return render(tokenizer, _interleave(turns, answers))
 

@@ -18,6 +18,7 @@ from benchmarks.acceptance import (
     summarise,
 )
 from benchmarks.engines import Answer
+from benchmarks.oracle import Seen
 from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
 
@@ -105,6 +106,27 @@ def test_passes_count_only_while_the_answer_follows_the_trajectory() -> None:
     assert scored.passes == [2, 2]
     assert scored.contexts == [101, 103]
     assert not scored.identical
+
+
+def test_perfect_greedy_drafts_end_where_the_target_sampled_another_token() -> None:
+    likeliest = [False, True, True, False, True, True, True, True, True]
+    seen = Seen(answer([1] * 9), likeliest, [0.5] * 9)
+    # runs of two, three (K allows no more) and one, each with one more token, but for the last: the answer ends
+    assert seen.replayed(3).emitted == [1, 3, 4, 1]
+    assert seen.replayed(1).emitted == [1, 2, 1, 2, 2, 1]
+    assert Seen(answer([1]), [True], [0.5]).replayed(3).emitted == [1]
+
+
+def test_the_oracle_accepts_what_the_targets_top_probability_says(tmp_path: Path) -> None:
+    models.write_models(tmp_path)
+    more = ("--temperature", "0.5", "--oracle", "--repeats", "6", "--max-tokens", "64", "--concurrency", "4")
+    with models.engines_in_this_process():
+        assert acceptance.main(models.arguments(tmp_path, f"none,griffin:{tmp_path / 'head'}", *more)) == 0
+    _, griffin, oracle = models.record(tmp_path)["results"]
+    assert (oracle["method"], oracle["num_speculative_tokens"]) == ("oracle", 3)
+    # a chain's first draft is accepted as often as that, at all positions alike but for the luck of sampling
+    assert oracle["position_acceptance"][0] == pytest.approx(oracle["mean_top_probability"], abs=0.05)
+    assert griffin["acceptance_length"] < oracle["acceptance_length"] < 4
 
 
 def test_loops_are_told_apart() -> None:
