@@ -37,7 +37,8 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--target", required=True, help="folder or Hub id of the target")
     add("--methods", required=True, help="none,ngram,suffix,eagle:HEAD,hass:HEAD,eagle3:HEAD,griffin:HEAD")
-    add("--prompts", required=True, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
+    asks = "prompts" not in defaults
+    add("--prompts", required=asks, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
     add("--num-prompts", type=int, metavar="N", help="only the first N conversations of each file")
     add("--turns", type=int, metavar="N", help="only the first N turns of each conversation")
     add(
@@ -205,6 +206,12 @@ def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
         table.add_row(*(cell(row.get(column)) for column in columns))
     # a pipe is not a narrow terminal
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def pipes(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its header."""
+    header, *body = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
 
 
 def cell(value: Any) -> str:

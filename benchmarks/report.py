@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import ratio_interval
+from benchmarks.round import table as phases
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
@@ -35,6 +36,8 @@ TITLES = {
     "speed": "Speed",
     "losslessness": "Losslessness",
     "soak": "Soak",
+    "round": "One round",
+    "startup": "Engine start",
 }
 # column title -> (fields that it shows, how)
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -63,6 +66,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "lost": lambda row: number(row, "lost", 0),
     "tau at first": lambda row: number(row, "acceptance_length_first", 3),
     "tau at last": lambda row: number(row, "acceptance_length_last", 3),
+    "seconds to start": lambda row: number(row, "startup_seconds", 1),
+    "beyond the first": lambda row: number(row, "beyond_first", 1),
     "MiB grown": lambda row: " ".join(f"{one['growth_mib']:+.0f}" for one in row["memory"]),
 }
 SHOWN = {
@@ -71,6 +76,7 @@ SHOWN = {
     "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
     "soak": "method, K, minutes, requests sent, finished, aborted, lost, answers, identical, near-tie, wrong, "
     "tau at first, tau at last, MiB grown",
+    "startup": "method, K, seconds to start, beyond the first",
 }
 # The README has one line a run and one column a data set: what names the run, what a cell holds, and how.
 OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
@@ -145,7 +151,7 @@ def conditions(settings: dict[str, Any]) -> str:
         *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
         f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
         f"at most {settings['max_tokens']} tokens an answer",
-        f"prompts {prompts}",
+        f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{settings['repeats']} repeats" if "repeats" in settings else "",
         f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
@@ -156,6 +162,8 @@ def conditions(settings: dict[str, Any]) -> str:
 
 
 def cells(source: Source) -> list[list[str]]:
+    if source.kind == "round":
+        return phases(source.results)
     titles = SHOWN[source.kind].split(", ")
     return [titles, *([COLUMNS[title](row) for title in titles] for row in source.results)]
 
@@ -183,15 +191,10 @@ def margins(source: Source) -> list[list[str]]:
 
 
 def markdown(source: Source) -> str:
-    parts = [f"**{TITLES[source.kind]}**", _pipes(cells(source))]
+    parts = [f"**{TITLES[source.kind]}**", records.pipes(cells(source))]
     if compared := margins(source):
-        parts += ["Acceptance length against the others, with 95 % intervals:", _pipes(compared)]
+        parts += ["Acceptance length against the others, with 95 % intervals:", records.pipes(compared)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
-
-
-def _pipes(table: list[list[str]]) -> str:
-    header, *body = table
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
 
 
 def overview(source: Source) -> str:
@@ -206,10 +209,10 @@ def overview(source: Source) -> str:
         line[COLUMNS["data set"](row)] = cell(row)
     datasets = list(dict.fromkeys(name for line in lines.values() for name in line))
     body = [[*run, *(line.get(name, "") for name in datasets)] for run, line in lines.items()]
-    parts = [f"**{TITLES[source.kind]}**: {content}", _pipes([[*titles, *datasets], *body])]
+    parts = [f"**{TITLES[source.kind]}**: {content}", records.pipes([[*titles, *datasets], *body])]
     header, *compared = margins(source) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
-        parts += ["Over all data sets, with 95 % intervals:", _pipes([header, *pooled])]
+        parts += ["Over all data sets, with 95 % intervals:", records.pipes([header, *pooled])]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
 

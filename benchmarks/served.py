@@ -69,7 +69,7 @@ def _wait(process: subprocess.Popen[bytes], url: str) -> None:
             with urllib.request.urlopen(f"{url}/health"):
                 return
         except urllib.error.URLError:
-            time.sleep(1)
+            time.sleep(0.1)
     raise RuntimeError(f"vllm serve was not ready after {START_SECONDS} s")
 
 

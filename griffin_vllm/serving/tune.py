@@ -76,15 +76,16 @@ def tune(
     with _engine(target, head, max_k, max(batch_sizes), options) as engine:
         drafts = _Drafts(engine)
         drafts.set(max_k)
-        _decode(engine, rendered, 16)
+        list(decode(engine, rendered, 16))
         for k, size in track(wanted, "measuring"):
             drafts.set(k)
-            seconds, yields = _decode(engine, islice(cycle(rendered), size), tokens)
-            emitted = [count for step in yields for count in step]
+            steps = list(decode(engine, islice(cycle(rendered), size), tokens))
+            seconds = sum(took for took, _ in steps)
+            emitted = [count for _, counts in steps for count in counts]
             point = Point(
                 batch_size=size,
                 num_speculative_tokens=k,
-                step_ms=1000 * seconds / len(yields),
+                step_ms=1000 * seconds / len(steps),
                 acceptance_length=sum(emitted) / len(emitted),
                 tokens_per_second=sum(emitted) / seconds,
             )
@@ -190,9 +191,9 @@ class _Drafts:
         self.lookup[1:] = [k] * (len(self.lookup) - 1)
 
 
-def _decode(engine: LLMEngine, prompts: Iterable[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-    """Answer ``prompts`` (token ids) at once; seconds and, round by round, the tokens of each request,
-    counted while all of them are decoding."""
+def decode(engine: LLMEngine, prompts: Iterable[list[int]], tokens: int) -> Iterator[tuple[float, list[int]]]:
+    """Answer ``prompts`` (token ids) at once, greedily; seconds of each round in which all of them are decoding,
+    and the tokens that each request got in it. Yields right after the round."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -203,20 +204,16 @@ def _decode(engine: LLMEngine, prompts: Iterable[list[int]], tokens: int) -> tup
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters)
         waiting.add(str(number))
-    rounds: list[list[int]] = []
-    seconds, started = 0.0, 0.0
     finished = False
     while engine.has_unfinished_requests():
+        started = time.perf_counter()
         outputs = engine.step()
-        now = time.perf_counter()
+        seconds = time.perf_counter() - started
         counts = [len(output.outputs[0].token_ids) for output in outputs]
         if not waiting and not finished and any(counts):
-            rounds.append([count for count in counts if count])
-            seconds += now - started
+            yield seconds, [count for count in counts if count]
         waiting -= {output.request_id for output, count in zip(outputs, counts, strict=True) if count}
         finished = finished or any(output.finished for output in outputs)
-        started = now
-    return seconds, rounds
 
 
 def render(tokenizer: Any, texts: Sequence[str]) -> list[int]:
