@@ -7,7 +7,7 @@ layer with a dual head behind it. The shape of the classes follows vLLM's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,16 @@ _FUSED = {
     "layers.0.mlp.gate_proj": ("layers.0.mlp.gate_up_proj", 0),
     "layers.0.mlp.up_proj": ("layers.0.mlp.gate_up_proj", 1),
 }
+
+
+def _dual_head_in_two(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        if name == "layers.0.mlp.down_proj.weight":
+            predict, regress = tensor.chunk(2)
+            yield name.replace("down_proj", "predict_proj"), predict
+            yield name.replace("down_proj", "regress_proj"), regress
+        else:
+            yield name, tensor
 
 
 class FusionMLP(nn.Module):
@@ -106,7 +116,10 @@ class TokenGuidedFusion(nn.Module):
 
 
 class DualHeadMLP(nn.Module):
-    """A gated MLP whose output is twice as wide: one half to predict from, one to feed back."""
+    """A gated MLP with two outputs: one to predict from, one to feed back.
+
+    Checkpoints hold both as one projection. Here they are two, for nothing is fed back from the last draft step.
+    """
 
     def __init__(
         self, config: PreTrainedConfig, quant_config: QuantizationConfig | None, prefix: str
@@ -120,19 +133,27 @@ class DualHeadMLP(nn.Module):
             prefix=f"{prefix}.gate_up_proj",
         )
         self.act_fn = SiluAndMul()
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size,
-            2 * config.hidden_size,
-            bias=False,
-            quant_config=quant_config,
-            prefix=f"{prefix}.down_proj",
+        self.predict_proj, self.regress_proj = (
+            RowParallelLinear(
+                config.intermediate_size,
+                config.hidden_size,
+                bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.{name}",
+            )
+            for name in ("predict_proj", "regress_proj")
         )
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict (N, d), and what ``regress`` takes (N, I)."""
         hidden_states, _ = self.gate_up_proj(hidden_states)
-        hidden_states, _ = self.down_proj(self.act_fn(hidden_states))
-        predict, regress = hidden_states.chunk(2, dim=-1)
-        return predict, regress
+        activations = self.act_fn(hidden_states)
+        predict, _ = self.predict_proj(activations)
+        return predict, activations
+
+    def regress(self, activations: torch.Tensor) -> torch.Tensor:
+        regress, _ = self.regress_proj(activations)
+        return regress
 
 
 class GriffinDecoderLayer(nn.Module):
@@ -163,10 +184,11 @@ class GriffinDecoderLayer(nn.Module):
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predict (N, d), and of what regress is made: the residual (N, d) and activations (N, I)."""
         hidden_states = hidden_states + self.self_attn(positions=positions, hidden_states=hidden_states)
-        predict, regress = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + predict, hidden_states + regress
+        predict, activations = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + predict, hidden_states, activations
 
     def write_cache(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """Put the keys and values of ``hidden_states`` into the KV cache, and attend to nothing."""
@@ -202,9 +224,13 @@ class GriffinModel(nn.Module):
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = self.fc(self.embed_tokens(input_ids), hidden_states)
         return self.layers[0](positions, hidden_states)
+
+    def regress(self, residual: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.layers[0]
+        return residual + layer.mlp.regress(activations)
 
     def write_cache(
         self, input_ids: torch.Tensor, positions: torch.Tensor, hidden_states: torch.Tensor
@@ -282,6 +308,8 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
 
     # Set by the proposer when nobody wants a draft; what forward returns then means nothing.
     writes_cache_only = False
+    # Cleared by the proposer for the last draft step; regress is then predict once more.
+    feeds_back = True
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -341,7 +369,11 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         if self.writes_cache_only and self.model.layers[0].writes_cache_apart:
             written = self.model.write_cache(input_ids, positions, hidden_states)
             return written, written
-        return self.model(input_ids, positions, hidden_states)
+        predict, residual, activations = self.model(input_ids, positions, hidden_states)
+        if not self.feeds_back:
+            return predict, predict
+        # Outside of the compiled model, which then is one and the same for all steps.
+        return predict, self.model.regress(residual, activations)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The target's logits of predict (N, d), without a norm in between: (N, vocabulary)."""
@@ -371,7 +403,7 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         parameters = dict(self.model.named_parameters())
         # What the target brings after loading.
         loaded = {f"model.{EMBEDDINGS}", "draft_vocabulary.lm_head.weight"}
-        for name, tensor in weights:
+        for name, tensor in _dual_head_in_two(weights):
             if name in (EMBEDDINGS, TARGET_TO_DRAFT):
                 continue
             if name == DRAFT_TO_TARGET:

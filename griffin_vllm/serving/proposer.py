@@ -23,7 +23,7 @@ class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and three ways of drafting less.
+    """vLLM's EAGLE proposer with what LoRA needs, and four ways of doing less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -34,6 +34,8 @@ class GriffinProposer(EagleProposer):
     *Dynamic depth*: greedy drafting stops as soon as no request's chain is, by the head's own
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
+
+    *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 
     *No drafts wanted* (K = 0 from a batch-size schedule): the head only writes its KV cache.
 
@@ -62,6 +64,8 @@ class GriffinProposer(EagleProposer):
         self.stop_probability = stop_probability if shapes_may_vary else 0.0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
         self._drafts: list[torch.Tensor] = []
+        # Drafts of this round that are still to be made.
+        self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
         self._likelihood: torch.Tensor | float = 1.0
 
@@ -98,12 +102,20 @@ class GriffinProposer(EagleProposer):
     def _draft(self, near: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._drafts = []
         self._likelihood = 1.0 if all(near) else torch.tensor(near, device=self.device).float()
+        self._missing = kwargs["num_speculative_tokens"]
         if isinstance(self.model, GriffinForCausalLM):
-            self.model.writes_cache_only = kwargs["num_speculative_tokens"] == 0
+            self.model.writes_cache_only = self._missing == 0
+            self.model.feeds_back = self._missing > 1
         try:
             return super().propose(*args, **kwargs)
         except DraftedEnough:
             return torch.stack(self._drafts, dim=1)
+
+    def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._missing -= 1
+        if isinstance(self.model, GriffinForCausalLM):
+            self.model.feeds_back = self._missing > 1
+        return super()._sample_draft_tokens(*args, **kwargs)
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy drafts (N,) of predict (N, d), whatever the drafts of other temperatures are made by."""
@@ -112,6 +124,6 @@ class GriffinProposer(EagleProposer):
         tokens, probabilities = self.model.get_top_tokens_and_probabilities(hidden_states)
         self._drafts.append(tokens)
         self._likelihood = self._likelihood * probabilities
-        if len(self._drafts) < self.num_speculative_tokens and self._likelihood.max() < self.stop_probability:
+        if self._missing and self._likelihood.max() < self.stop_probability:
             raise DraftedEnough
         return tokens

@@ -58,6 +58,33 @@ def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path)
     assert accepted[0] >= accepted[1] > accepted[2] > 0
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_last_draft_step_leaves_out_what_would_be_fed_back(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    from griffin_vllm.serving.model import DualHeadMLP
+
+    made = []
+
+    def counted(method: str) -> Any:
+        original = getattr(DualHeadMLP, method)
+
+        def call(self: Any, *args: torch.Tensor) -> Any:
+            made.append(method)
+            return original(self, *args)
+
+        return call
+
+    for method in ("forward", "regress"):
+        monkeypatch.setattr(DualHeadMLP, method, counted(method))
+    head = tiny.write_head(tmp_path / "head")
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=k) as llm:
+        made.clear()
+        ask(llm, "hello world")
+    assert made
+    assert made == (["forward", "regress"] * (k - 1) + ["forward"]) * (len(made) // (2 * k - 1))
+
+
 def head_cache(worker: Any) -> torch.Tensor:
     [layer] = worker.model_runner.drafter.model.model.layers
     return layer.self_attn.attn.kv_cache.clone()
