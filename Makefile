@@ -70,8 +70,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-compat:
-	$(PYTHON) benchmarks/compat.py
+compat: $(INSTALLED)
+	$(BIN)/python benchmarks/compat.py
 
 RESULTS := benchmarks/results
 HEADS := benchmarks/baselines

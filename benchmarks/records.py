@@ -192,6 +192,15 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def rewrite(readme: Path, begin: str, end: str, text: str) -> None:
+    """Put ``text`` between two lines of ``readme``."""
+    whole = readme.read_text(encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
+        raise GriffinError(f"{readme}: needs the lines {begin!r} and {end!r}, once each")
+    before, after = whole[: whole.index(begin)], whole[whole.index(end) :]
+    write_atomically(readme, f"{before}{begin}\n\n{text}\n{after}")
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON lines file."""
     try:

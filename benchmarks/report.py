@@ -339,15 +339,6 @@ def _html_table(table: list[list[str]]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def rewrite(readme: Path, text: str) -> None:
-    """Put ``text`` between the markers of ``readme``."""
-    whole = readme.read_text(encoding="utf-8")
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
-        raise GriffinError(f"{readme}: needs the lines {BEGIN!r} and {END!r}, once each")
-    before, after = whole[: whole.index(BEGIN)], whole[whole.index(END) :]
-    records.write_atomically(readme, f"{before}{BEGIN}\n\n{text}\n{after}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
@@ -369,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [
             f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
         ]
-        rewrite(args.readme, "\n".join([*map(overview, sources), *images]))
+        records.rewrite(args.readme, BEGIN, END, "
+".join([*map(overview, sources), *images]))
     return 0
 
 

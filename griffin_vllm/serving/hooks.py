@@ -2,9 +2,8 @@
 
 vLLM calls ``register`` in each of its processes (entry point ``vllm.general_plugins``). Two of the
 touch points are registries that vLLM offers; the others wrap a function or a constructor and hand on
-whatever is not GRIFFIN's. All of them are in ``TOUCH_POINTS``.
-
-Checked with vLLM 0.28.0 (source) and 0.32.0 (run).
+whatever is not GRIFFIN's. All of them are in ``TOUCH_POINTS``, with what they need of vLLM: looked up before
+a point is touched, and in the source of a vLLM that cannot run here by ``benchmarks/vllm_source.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +48,8 @@ class TouchPoint:
     attribute: str
     why: str
     touch: Callable[[ModuleType], None]
+    # Names in the module that must be there, functions with the parameters they must take.
+    needs: tuple[str, ...] = ()
     # Touched when vLLM imports the module by itself: the import is slow, and only workers need it.
     on_import: bool = False
 
@@ -85,7 +87,10 @@ _misfits: dict[str, str] = {}
 def _touch(point: TouchPoint) -> None:
     place = f"{point.module}.{point.attribute}"
     try:
-        point.touch(importlib.import_module(point.module))
+        module = importlib.import_module(point.module)
+        for need in point.needs:
+            _expect(module, need)
+        point.touch(module)
     except (ImportError, AttributeError, DoesNotFitError) as error:
         _misfits[place] = f"{place} ({error})"
         _log_once(f"griffin-vllm cannot be used: {_misfits[place]}")
@@ -122,10 +127,18 @@ class _OnImport(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _expect_parameters(function: Callable[..., Any], *names: str) -> None:
-    missing = set(names) - set(inspect.signature(function).parameters)
+def parse_need(need: str) -> tuple[str, list[str]]:
+    """``"Class.function(a, b)"`` as its dotted name and its parameters."""
+    name, _, parameters = need.rstrip(")").partition("(")
+    return name, [parameter for parameter in parameters.split(", ") if parameter]
+
+
+def _expect(module: ModuleType, need: str) -> None:
+    name, parameters = parse_need(need)
+    found = operator.attrgetter(name)(module)
+    missing = set(parameters) - set(inspect.signature(found).parameters) if parameters else set()
     if missing:
-        raise DoesNotFitError(f"has no parameter {', '.join(sorted(missing))}")
+        raise DoesNotFitError(f"{name} has no parameter {', '.join(sorted(missing))}")
 
 
 def _read_our_configs(algos: ModuleType) -> None:
@@ -149,10 +162,6 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     original = engine_args.create_speculative_config
     if hasattr(original, "griffin"):
         return
-    _expect_parameters(original, "target_model_config", "target_parallel_config")
-    for field in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
-        if not hasattr(engine_args, field):
-            raise DoesNotFitError(f"EngineArgs has no field {field}")
 
     @functools.wraps(original)
     def create_speculative_config(
@@ -205,7 +214,6 @@ def _offer_flags(arg_utils: ModuleType) -> None:
     original = engine_args.add_cli_args
     if hasattr(original, "griffin"):
         return
-    _expect_parameters(original, "parser")
 
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
@@ -239,7 +247,6 @@ def _draft_with_our_proposer(eagle: ModuleType) -> None:
     proposer = eagle.EagleProposer
     if "__new__" in vars(proposer):
         return
-    _expect_parameters(proposer, "vllm_config", "device", "runner")
 
     def new(cls: type, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
         draft = vllm_config.speculative_config.draft_model_config
@@ -276,36 +283,53 @@ TOUCH_POINTS = (
         "EngineArgs.create_speculative_config",
         "all ways of asking for a speculator meet here, before vLLM checks the method's name",
         _accept_griffin,
+        (
+            "EngineArgs.create_speculative_config(target_model_config, target_parallel_config)",
+            "EngineArgs.speculative_config",
+            "EngineArgs.spec_method",
+            "EngineArgs.spec_model",
+            "EngineArgs.spec_tokens",
+        ),
     ),
     TouchPoint(
         "vllm.engine.arg_utils",
         "EngineArgs.create_model_config",
         "a head that is served alone must name its target",
         _ask_for_a_target,
+        ("EngineArgs.create_model_config",),
     ),
     TouchPoint(
         "vllm.engine.arg_utils",
         "EngineArgs.add_cli_args",
         "--speculative-model and --num-speculative-tokens",
         _offer_flags,
+        ("EngineArgs.add_cli_args(parser)",),
     ),
     TouchPoint(
         "vllm.transformers_utils.configs.speculators.algos",
         "register_speculator",
         "vLLM's registry of speculators-format configs: reads the served layout",
         _read_our_configs,
+        ("register_speculator(name)",),
     ),
     TouchPoint(
         "vllm.model_executor.models",
         "ModelRegistry.register_model",
         "vLLM's registry of models: finds the draft head's class",
         _know_our_model,
+        ("ModelRegistry.get_supported_archs", "ModelRegistry.register_model"),
     ),
     TouchPoint(
         "vllm.v1.spec_decode.eagle",
         "EagleProposer.__new__",
         "the V1 model runner builds its proposer by name; a GRIFFIN head gets a GriffinProposer",
         _draft_with_our_proposer,
+        (
+            "EagleProposer.__init__(vllm_config, device, runner)",
+            "EagleProposer.load_model(target_model)",
+            "EagleProposer.propose(num_speculative_tokens)",
+            "EagleProposer._greedy_sample(hidden_states)",
+        ),
         on_import=True,
     ),
     TouchPoint(
@@ -319,6 +343,7 @@ TOUCH_POINTS = (
         "apply_top_k_only",
         "top-k sampling on CPU, see cpu_sampling.py",
         _mend_cpu_top_k,
+        ("apply_top_k_only(logits, k)",),
         on_import=True,
     ),
     TouchPoint(
@@ -326,6 +351,23 @@ TOUCH_POINTS = (
         "CPUModelRunner._postprocess_triton",
         "speculation on CPU in vLLM 0.30, see cpu_sampling.py",
         _mend_cpu_launchers,
+        ("CPUModelRunner",),
         on_import=True,
     ),
+)
+
+# What else is relied on beyond imports, as module:need.
+RELIED_ON = (
+    "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
+    "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
+    "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
+    "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
+    "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens(lm_head, hidden_states)",
+    "vllm.model_executor.models.llama:LlamaAttention.qkv_proj",
+    "vllm.model_executor.models.llama:LlamaAttention.rotary_emb",
+    "vllm.model_executor.models.llama:LlamaAttention.attn",
+    # the V2 model runner, which loads the head by itself
+    "vllm.v1.worker.gpu.spec_decode.eagle.utils:load_eagle_model(target_model, vllm_config)",
+    "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator",
 )
