@@ -340,7 +340,7 @@ HEADERS = st.one_of(
 FUZZ = settings(
     max_examples=300,
     deadline=2000,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=True,
 )
 

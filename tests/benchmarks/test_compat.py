@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -109,8 +110,19 @@ def test_the_installed_vllm_lacks_nothing() -> None:
     assert lacks == []
 
 
-def test_a_failed_cell_makes_a_row_unsound() -> None:
-    row = {"transformers": "5", "cells": {"unit tests": {"passed": 3, "failed": 1, "seconds": 2}}}
-    assert not compat.is_sound(row)
-    assert compat.is_sound({"cells": {"unit tests": {"passed": 3, "seconds": 2}}})
-    assert "| 0.28.0 | 5 | 3, 1 failed |" in compat.markdown({"run": {"0.28.0": row}, "read": {}})
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_config" name="test_a" time="1.2" />
+<testcase classname="tests.test_checkpoint" name="test_b[x]" time="1.4"><failure message="no">trace</failure></testcase>
+<testcase classname="" name="tests.serving.test_tune" time="0.1"><error message="collection">trace</error></testcase>
+</testsuite></testsuites>"""
+
+
+def test_results_are_counted_by_column_and_a_failure_or_nothing_at_all_is_unsound() -> None:
+    cells = compat.count(ElementTree.ElementTree(ElementTree.fromstring(REPORT)))
+    assert cells["unit tests"] == {"passed": 1, "failure": 1, "seconds": 3}
+    assert cells["tune"] == {"seconds": 0}
+    row = {"transformers": "5", "cells": cells}
+    assert "| 0.28.0 | 5 | 1, 1 failure | 0 |" in compat.markdown({"run": {"0.28.0": row}, "read": {}})
+    assert not compat.is_sound({"cells": {"unit tests": cells["unit tests"]}})
+    assert not compat.is_sound({"cells": {"tune": cells["tune"]}})
+    assert compat.is_sound({"cells": {"unit tests": {"passed": 1, "seconds": 3}}})

@@ -342,7 +342,7 @@ FUZZ = settings(
     max_examples=300,
     deadline=2000,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
