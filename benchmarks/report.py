@@ -360,8 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = [
             f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
         ]
-        records.rewrite(args.readme, BEGIN, END, "
-".join([*map(overview, sources), *images]))
+        records.rewrite(args.readme, BEGIN, END, "\n".join([*map(overview, sources), *images]))
     return 0
 
 
