@@ -9,6 +9,7 @@ where they were stopped when the same command is given again, and the record gro
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
+from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
@@ -118,13 +120,33 @@ def main(
     seeds: Annotated[str, typer.Option(help="Numbers, with commas between them.")] = "1,2,3",
 ) -> None:
     """Train the variants and print what each is worth."""
+    names = chosen_variants(variants)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise GriffinError.at("ablation.py", "--seeds", seeds, "whole numbers like 1,2,3") from error
     runs: list[dict[str, Any]] = []
-    for seed in map(int, seeds.split(",")):
-        for name in variants.split(","):
+    for seed in numbers:
+        for name in names:
             runs.append(run(name, seed, config, out))
             record = {"settings": settings_of(config), "runs": runs}
             records.write_atomically(json_path, json.dumps(record, indent=1) + "\n")
     Console().print(table(runs))
+
+
+def chosen_variants(text: str) -> list[str]:
+    """Names in a comma-separated list.
+
+    Raises:
+        GriffinError: one of them is no variant.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VARIANTS)}"
+            raise GriffinError(f"ablation.py: --variants: unknown variant {name!r}; {hint}")
+    return names
 
 
 def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
@@ -169,5 +191,10 @@ def table(runs: list[dict[str, Any]]) -> Table:
     return shown
 
 
-if __name__ == "__main__":
+def command(_: Sequence[str] | None) -> int:
     typer.run(main)
+    return 0
+
+
+if __name__ == "__main__":
+    records.execute(command)

@@ -328,7 +328,7 @@ def tune_head(
 
     from griffin_vllm.checkpoint import PREFIX, find_head, open_head
     from griffin_vllm.serving import tune as tuner
-    from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
+    from griffin_vllm.serving.tuning import TUNING_FILE, check_writable, write_tuning
 
     try:
         sizes = sorted({int(size) for size in batch_sizes.split(",")})
@@ -336,11 +336,10 @@ def tune_head(
         sizes = []
     if not sizes or sizes[0] < 1:
         raise GriffinError.at("griffin tune", "--batch-sizes", batch_sizes, "whole numbers like 1,2,4")
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else tuner.PROMPTS
-    asked = [line for line in lines if line.strip()]
-    if not asked:
-        raise GriffinError(f"{prompts}: holds no prompts")
+    asked = tuner.read_prompts(prompts) if prompts else tuner.PROMPTS
     head = open_head(find_head(name.removeprefix(PREFIX)))
+    path = out or head.folder / TUNING_FILE
+    check_writable(path)
     tuning = tuner.tune(
         target,
         head,
@@ -350,7 +349,6 @@ def tune_head(
         tokens=tokens,
         engine_options=ctx.args,
     )
-    path = out or head.folder / TUNING_FILE
     write_tuning(path, tuning)
     if explain:
         Console().print(tuner.explain(tuning))

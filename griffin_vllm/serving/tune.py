@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.progress import track
 from rich.table import Table
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.config import METHOD
+from griffin_vllm.describe import misfit
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import (
     Point,
@@ -65,8 +66,11 @@ def tune(
     ``engine_options`` are options of ``vllm serve`` for the engine.
 
     Raises:
-        GriffinError: the head does not fit the target, or this vLLM cannot change K while it runs.
+        GriffinError: the head does not fit the target, an engine option is unknown, or this vLLM cannot
+            change K while it runs.
     """
+    if reason := misfit(head, target):
+        raise GriffinError(reason)
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     rendered = [render(tokenizer, [prompt]) for prompt in prompts]
     options = ["--max-model-len", str(max(map(len, rendered)) + tokens + max_k + 1), *engine_options]
@@ -105,6 +109,22 @@ def tune(
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
         schedule=schedule,
     )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        GriffinError: there is none, or the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise GriffinError(f"{path}: holds no prompts")
+    return prompts
 
 
 def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> list[tuple[int, int, int]]:
@@ -159,7 +179,11 @@ def _engine(
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    def refuse(message: str) -> NoReturn:
+        raise GriffinError(f"griffin tune: {message} (what it does not know itself goes to vLLM)")
+
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="griffin tune"))
+    parser.error = refuse
     arguments = EngineArgs.from_cli_args(parser.parse_args(["--model", target, *options]))
     arguments.max_num_seqs = max_batch
     arguments.enable_prefix_caching = False

@@ -98,6 +98,17 @@ def write_tuning(path: Path, tuning: Tuning) -> None:
         raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise GriffinError if ``path`` cannot be written; a file that is there stays as it is."""
+    new = not path.exists()
+    try:
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
+
+
 def machine() -> str:
     """The machine that a tuning holds for: device, processor and cores."""
     from vllm.platforms import current_platform

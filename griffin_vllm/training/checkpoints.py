@@ -54,7 +54,8 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
         raise GriffinError(
             f"{path}: cannot be written ({GriffinError.reason(error)}); the last good one is {kept}"
         ) from error
-    for old in _checkpoints(folder)[:-KEEP]:
+    # the second are what a process that was killed while it wrote has left
+    for old in (*_checkpoints(folder)[:-KEEP], *folder.glob(".step-*")):
         shutil.rmtree(old)
     return path
 
@@ -69,7 +70,10 @@ def load_checkpoint(path: Path) -> TrainingState:
             load_file(path / "head.safetensors"),
             torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         )
-    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, UnpicklingError) as error:
+    except (
+        *(OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError),
+        *(ValueError, KeyError, TypeError),
+    ) as error:
         raise GriffinError(
             f"{path}: is damaged ({GriffinError.reason(error)}); remove it to continue from the one before"
         ) from error

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -66,18 +66,45 @@ class FeatureCache:
     """Reader of one split's cache."""
 
     def __init__(self, folder: Path, manifest: CacheManifest) -> None:
-        """Open the cache in ``folder``, which :func:`is_complete` for ``manifest``."""
+        """Open the cache in ``folder``, which :func:`is_complete` for ``manifest``.
+
+        Raises:
+            GriffinError: a shard is damaged.
+        """
         self.folder, self.manifest = folder, manifest
         starts = np.concatenate([[0], np.cumsum(manifest.lengths)])
+        runs = shards(manifest.lengths)
+        for shard, run in enumerate(runs):
+            self._check(_shard_path(folder, shard), sum(manifest.lengths[i] for i in run))
         self._place = {
             sample: (shard, int(starts[sample] - starts[run[0]]))
-            for shard, run in enumerate(shards(manifest.lengths))
+            for shard, run in enumerate(runs)
             for sample in run
         }
         self._open = lru_cache(maxsize=64)(lambda i: safe_open(_shard_path(folder, i), "pt"))
 
+    def _check(self, path: Path, tokens: int) -> None:
+        """Hours of training may lie between the start and the first use of a shard."""
+        k = self.manifest.top_k
+        expected = {
+            "hidden_states": [tokens, self.manifest.hidden_size],
+            "top_ids": [tokens, k],
+            "top_probabilities": [tokens, k],
+        }
+        try:
+            with safe_open(path, "pt") as file:
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+        if found != expected:
+            raise GriffinError.at(path, "content", found, f"{expected}; remove it and it is written again")
+
     def shared_weights(self) -> SharedWeights:
-        tensors = load_file(self.folder / SHARED)
+        """Raises GriffinError where the file is damaged."""
+        try:
+            tensors = load_file(self.folder / SHARED)
+        except (OSError, SafetensorError) as error:
+            raise _damaged(self.folder / SHARED, error) from error
         embed_tokens = tensors["embed_tokens"]
         softcap = tensors.get("logit_softcap")
         return SharedWeights(
@@ -134,8 +161,8 @@ def write_cache(
 
 def is_complete(folder: Path, manifest: CacheManifest) -> bool:
     """Whether ``folder`` holds all of the cache that ``manifest`` describes."""
-    present = (_shard_path(folder, shard).is_file() for shard in range(len(shards(manifest.lengths))))
-    return (folder / MANIFEST).is_file() and _matches(folder, manifest) and all(present)
+    names = [MANIFEST, SHARED, *(_shard_path(folder, i).name for i in range(len(shards(manifest.lengths))))]
+    return all((folder / name).is_file() for name in names) and _matches(folder, manifest)
 
 
 def _matches(folder: Path, manifest: CacheManifest) -> bool:
@@ -178,6 +205,12 @@ def _compute(target: Target, tokens: Sequence[Tensor], top_k: int, batch_tokens:
     }
 
 
+def _damaged(path: Path, error: Exception) -> GriffinError:
+    return GriffinError(
+        f"{path}: is damaged ({GriffinError.reason(error)}); remove it and it is written again"
+    )
+
+
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"features-{shard:05d}.safetensors"
 
@@ -187,7 +220,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(path.name + ".partial")
     try:
         write(unfinished)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise GriffinError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
     os.replace(unfinished, path)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
 from benchmarks import ablation
+from griffin_vllm.errors import GriffinError
 from tests.training import tiny
 
 
@@ -67,3 +69,21 @@ def test_every_variant_trains_and_a_second_call_trains_nothing(tmp_path: Path) -
     CliRunner().invoke(app, command, catch_exceptions=False)
     again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").glob("*/head/model.safetensors"))]
     assert again == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": "griffin,eagel-mask"}, "unknown variant 'eagel-mask'; did you mean eagle-mask?"),
+        ({"variants": "medusa"}, "unknown variant 'medusa'; there are griffin, griffin-no-mask"),
+        ({"variants": ""}, "unknown variant ''; there are"),
+        ({"seeds": "1,two"}, "--seeds is '1,two', expected whole numbers"),
+    ],
+)
+def test_a_bad_choice_is_refused_before_anything_trains(
+    changes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    arguments = {"variants": "griffin", "seeds": "1", **changes}
+    with pytest.raises(GriffinError) as refusal:
+        ablation.main(tmp_path / "none.yaml", tmp_path / "runs", tmp_path / "out.json", **arguments)
+    assert message in str(refusal.value)

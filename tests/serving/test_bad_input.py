@@ -303,6 +303,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         ["--speculative-model", "griffin:{models}/head", "--num-speculative-tokens", "999999999999"],
         "num_speculative_tokens is 999999999999, expected a whole number from 1 to 128",
     ),
+    "K that is a word": (
+        ["--speculative-config", '{{"model": "griffin:{models}/head", "num_speculative_tokens": "many"}}'],
+        "num_speculative_tokens is 'many', expected a whole number from 1 to 128",
+    ),
     "K = NaN": (
         ["--speculative-config", '{{"model": "griffin:{models}/head", "num_speculative_tokens": NaN}}'],
         "num_speculative_tokens is nan, expected a whole number from 1 to 128",
@@ -484,6 +488,17 @@ def test_deployments_that_are_not_supported(models: Path, tmp_path: Path) -> Non
         GriffinError, match="num_attention_heads is 3, expected a number that tensor_parallel_size=2"
     ):
         configure(models, spec_model=f"griffin:{tmp_path / 'odd'}", tensor_parallel_size=2)
+
+
+def test_a_target_of_another_family_is_refused(models: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    config = GPT2Config(vocab_size=tiny.CONFIG.vocab_size, n_embd=D, n_layer=1, n_head=2)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.save_pretrained(tmp_path)
+    tiny.write_tokenizer(tmp_path)
+    with pytest.raises(GriffinError, match="target: model_type is 'gpt2', expected a text model of one of"):
+        configure(models, model=str(tmp_path), spec_model=f"griffin:{models / 'head'}")
 
 
 def test_a_head_that_names_no_target_cannot_be_served_alone(models: Path) -> None:

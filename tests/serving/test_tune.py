@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,102 @@ def test_a_schedule_of_one_number_is_no_schedule(head: Path) -> None:
         "num_speculative_tokens": 1,
         "num_speculative_tokens_per_batch_size": [(1, 1, 1), (2, 4, 0)],
     }
+
+
+def write_wide_head(folder: Path) -> str:
+    return str(tiny.write_head(folder, tiny.CONFIG.model_copy(update={"hidden_size": 128})))
+
+
+# What is given besides or instead of a good target and head, and the line that refuses it.
+REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "no file of prompts": (
+        lambda here: ["--prompts", str(here / "nowhere.txt")],
+        r"nowhere\.txt: cannot be read \(No such file or directory\)",
+    ),
+    "a folder of prompts": (
+        lambda here: ["--prompts", str(here)],
+        r": cannot be read \(Is a directory\)",
+    ),
+    "empty prompts": (
+        lambda here: ["--prompts", str(write(here / "empty.txt", b"\n \n"))],
+        r"empty\.txt: holds no prompts",
+    ),
+    "prompts that are no text": (
+        lambda here: ["--prompts", str(write(here / "bytes.txt", b"\xff\xfe"))],
+        r"bytes\.txt: cannot be read \('utf-8' codec can't decode",
+    ),
+    "no target": (
+        lambda here: [str(here / "nowhere"), str(here / "head")],
+        "nowhere: is no folder and not on the Hub",
+    ),
+    "a target without a config": (
+        lambda here: [str(here), str(here / "head")],
+        r"config\.json: is missing",
+    ),
+    "no head": (
+        lambda here: [str(here / "target"), "nowhere"],
+        "griffin:nowhere: no bundled head, folder or",
+    ),
+    "a head that does not fit": (
+        lambda here: [str(here / "target"), write_wide_head(here / "wide")],
+        r"wide/config\.json: hidden_size is 128, expected 64 \(the target's\)",
+    ),
+    "an output below a file": (
+        lambda here: ["--out", str(here / "head" / "config.json" / "tuning.json")],
+        r"tuning\.json: cannot be written \(Not a directory\); see --out",
+    ),
+    "an output in no folder": (
+        lambda here: ["--out", str(here / "nowhere" / "tuning.json")],
+        r"tuning\.json: cannot be written \(No such file or directory\); see --out",
+    ),
+    "an output that is a folder": (
+        lambda here: ["--out", str(here)],
+        r": cannot be written \(Is a directory\); see --out",
+    ),
+    "an unknown engine option": (
+        lambda here: ["--enforce-eagr"],
+        "griffin tune: unrecognized arguments: --enforce-eagr",
+    ),
+    "an engine option that is no number": (
+        lambda here: ["--block-size", "many"],
+        "griffin tune: argument --block-size: ",
+    ),
+    "batch sizes that are no numbers": (
+        lambda here: ["--batch-sizes", "1,two"],
+        "--batch-sizes is '1,two', expected whole numbers like 1,2,4",
+    ),
+}
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_is_one_line_before_an_engine_starts(
+    name: str, tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def start(*_: object) -> None:
+        raise AssertionError("an engine starts")
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", start)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    target = tmp_path / "target"
+    tiny.target_config().save_pretrained(target)
+    tiny.write_tokenizer(target)
+    given, message = REFUSALS[name]
+    arguments = given(tmp_path)
+    if arguments[0].startswith("--"):
+        arguments = [str(target), str(head), *arguments]
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, ["tune", *arguments])
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.count("\n") == 1
+    assert re.match(f"error: .*{message}", done.stderr), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_command_measures_and_the_plugin_uses_what_it_wrote(tmp_path: Path, head: Path) -> None:

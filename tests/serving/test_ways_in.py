@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -245,6 +246,38 @@ def test_a_vllm_that_does_not_fit_is_refused_only_when_griffin_is_asked_for(
         GriffinError, match=r"does not fit vLLM .*: vllm\.config\.Thing\.new \(has no parameter"
     ):
         configured(model=str(target), spec_model=f"griffin:{head}")
+
+
+def test_an_unknown_vllm_is_tried_with_a_warning_that_names_both_versions(
+    target: Path, head: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    monkeypatch.setattr(hooks, "_log_once", said.append)
+    hooks.register()
+    [line] = said
+    assert re.search(r"made for vLLM .*0\.28.*, this is 0\.99\.0; trying all the same", line)
+    assert configured(model=str(target), spec_model=f"griffin:{head}", spec_tokens=K) == expected
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        ("EngineArgs.gone", "has no attribute 'gone'"),
+        ("EngineArgs.add_cli_args(parser, spoon)", "EngineArgs.add_cli_args has no parameter spoon"),
+    ],
+)
+def test_a_vllm_that_lacks_what_a_touch_point_needs_is_not_touched_there(
+    need: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touched: list[Any] = []
+    point = hooks.TouchPoint("vllm.engine.arg_utils", "EngineArgs.x", "a test", touched.append, (need,))
+    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(hooks, "TOUCH_POINTS", (point,))
+    hooks.register()
+    assert not touched
+    with pytest.raises(GriffinError, match=rf"vllm\.engine\.arg_utils\.EngineArgs\.x \(.*{message}\)"):
+        hooks.check_fits()
 
 
 def _environment(**more: str) -> dict[str, str]:

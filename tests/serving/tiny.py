@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,25 +38,10 @@ DISTURBANCE = 2.5
 
 
 def write_target(folder: Path, disturbance: float = DISTURBANCE) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    target = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=CONFIG.vocab_size,
-            hidden_size=HIDDEN_SIZE,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=1024,
-            tie_word_embeddings=False,
-            initializer_range=HIDDEN_SIZE**-0.5,
-            eos_token_id=0,
-            bos_token_id=None,
-        )
-    )
+    target = LlamaForCausalLM(target_config())
     target.model.embed_tokens.weight.data.normal_()
     target.lm_head.weight.data[torch.randperm(CONFIG.vocab_size)] = target.model.embed_tokens.weight.data
     for layer in target.model.layers:
@@ -64,6 +50,25 @@ def write_target(folder: Path, disturbance: float = DISTURBANCE) -> Path:
     target.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+def target_config() -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=CONFIG.vocab_size,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        initializer_range=HIDDEN_SIZE**-0.5,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
 
 
 def write_tokenizer(folder: Path) -> None:

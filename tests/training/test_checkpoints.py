@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,9 +52,15 @@ def test_full_disk_is_one_line_and_the_last_good_checkpoint_stays(tmp_path: Path
     assert load_checkpoint(good).step == 1
 
 
-def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 20, -10, None], ids=lambda kept: f"first {kept} bytes")
+@pytest.mark.parametrize("name", ["head.safetensors", "optimizer.pt", "state.json"])
+def test_damaged_checkpoint_is_named(tmp_path: Path, name: str, kept: int | None) -> None:
     path = save_checkpoint(tmp_path, state(1))
-    (path / "head.safetensors").write_bytes(b"nothing")
+    file = path / name
+    content = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(content[:kept])
     with pytest.raises(GriffinError, match=r"step-00000001: is damaged .*remove it"):
         load_checkpoint(path)
 
@@ -60,3 +71,45 @@ def test_folder_that_was_being_written_when_the_process_died_does_not_count(tmp_
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
     assert latest.name == "step-00000001"
+
+
+def save_and_be_killed(folder: Path, step: int, moment: int) -> bool:
+    """Save in a child process that gets SIGKILL when it touches ``folder`` for the ``moment``-th time."""
+    child = os.fork()
+    if child == 0:
+        left = moment
+
+        def kill(_: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal left
+            if any(str(folder) in str(argument) for argument in arguments):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(kill)
+            save_checkpoint(folder, state(step))
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def test_process_that_is_killed_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(1))
+    save_checkpoint(tmp_path, state(2))
+    step = 2
+    for moment in count():
+        killed = save_and_be_killed(tmp_path, step + 1, moment)
+        latest = latest_checkpoint(tmp_path)
+        assert latest is not None
+        found = load_checkpoint(latest)
+        assert found.step in (step, step + 1)
+        assert found.weights["weight"][0] == found.step
+        step = found.step
+        if not killed:
+            break
+    assert moment > 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{n:08d}" for n in (step - 1, step)]

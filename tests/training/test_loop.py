@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +20,10 @@ from safetensors.torch import load_file
 
 from griffin_vllm.checkpoint import open_head
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import latest_checkpoint
+from griffin_vllm.training.checkpoints import TrainingState, latest_checkpoint, save_checkpoint
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.loop import Trainer, learning_rate, plan_steps
+from tests.full_disk import full_disk
 from tests.training.tiny import write_data
 
 BASE = {
@@ -186,6 +189,53 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoin
     ):
         Trainer(config).run()
     assert latest_checkpoint(config.output / "checkpoints") is not None
+
+
+def test_full_disk_ends_the_run_which_goes_on_where_it_was_when_there_is_room(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = {"checkpoint_minutes": 1e-6}
+    config = settings(target, data, tmp_path / "full", **changes)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as disk:
+
+        def fill_up_after_the_second(folder: Path, state: TrainingState) -> Path:
+            if state.step == 3:
+                disk.enter_context(full_disk(20_000))
+            return save_checkpoint(folder, state)
+
+        patch.setattr("griffin_vllm.training.loop.save_checkpoint", fill_up_after_the_second)
+        with pytest.raises(GriffinError, match=r"cannot be written .* the last good one is .*step-00000002"):
+            Trainer(config).run()
+    found = weights(Trainer(config).run())
+    expected = weights(Trainer(settings(target, data, tmp_path / "whole", **changes)).run())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = {"checkpoint_minutes": 1e-6}
+    config = settings(target, data, tmp_path / "damaged", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop_at_the_fourth(folder: Path, state: TrainingState) -> Path:
+            if state.step == 4:
+                raise GriffinError("stop")
+            return save_checkpoint(folder, state)
+
+        patch.setattr("griffin_vllm.training.loop.save_checkpoint", stop_at_the_fourth)
+        with pytest.raises(GriffinError, match="stop"):
+            Trainer(config).run()
+    latest = latest_checkpoint(config.output / "checkpoints")
+    assert latest is not None
+    weights_file = latest / "head.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    with pytest.raises(GriffinError, match=r"step-00000003: is damaged .*remove it to continue from the one"):
+        Trainer(config).run()
+    shutil.rmtree(latest)
+    found = weights(Trainer(config).run())
+    expected = weights(Trainer(settings(target, data, tmp_path / "whole", **changes)).run())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_output_of_another_run_is_refused(target: Path, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Features on disk are whole, or the run that wants them does not start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.data import TokenDataset
+from griffin_vllm.training.features import SHARED, CacheManifest, FeatureCache, is_complete, write_cache
+from griffin_vllm.training.target import Target, target_config
+from tests.full_disk import full_disk
+
+SHARD = "features-00000.safetensors"
+
+
+def write(folder: Path, target: Path, data: Path) -> CacheManifest:
+    dataset = TokenDataset(data, "train")
+    manifest = CacheManifest.of(target, target_config(target), dataset, 4)
+    tokens = [dataset[i][0] for i in range(len(dataset))]
+    write_cache(folder, Target(target, torch.device("cpu")), tokens, manifest)
+    return manifest
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def lose_a_tensor(path: Path) -> None:
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != "top_ids"}, path)
+
+
+def lose_a_row(path: Path) -> None:
+    save_file({name: tensor[1:].contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": truncate,
+    "overwritten": lambda path: path.write_bytes(b"\xff" * 100),
+    "without a tensor": lose_a_tensor,
+    "with a row less": lose_a_row,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_shard_is_named_at_the_start_and_written_again_once_removed(
+    name: str, target: Path, data: Path, tmp_path: Path
+) -> None:
+    manifest = write(tmp_path, target, data)
+    shard = tmp_path / SHARD
+    before = load_file(shard)
+    DAMAGES[name](shard)
+    with pytest.raises(
+        GriffinError, match=rf"{SHARD}: (is damaged|content is) .*remove it and it is written"
+    ):
+        FeatureCache(tmp_path, manifest)
+    shard.unlink()
+    assert not is_complete(tmp_path, manifest)
+    write(tmp_path, target, data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(shard).items())
+
+
+def test_damaged_shared_weights_are_named(target: Path, data: Path, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, write(tmp_path, target, data))
+    truncate(tmp_path / SHARED)
+    with pytest.raises(GriffinError, match=rf"{SHARED}: is damaged .*remove it and it is written again"):
+        cache.shared_weights()
+    (tmp_path / SHARED).unlink()
+    assert not is_complete(tmp_path, cache.manifest)
+
+
+def test_full_disk_leaves_no_half_of_a_shard(target: Path, data: Path, tmp_path: Path) -> None:
+    with full_disk(4096), pytest.raises(GriffinError, match=r"safetensors: cannot be written \("):
+        write(tmp_path, target, data)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert is_complete(tmp_path, write(tmp_path, target, data))
