@@ -46,6 +46,7 @@ COLUMNS = {
         f"{WAYS_IN}::test_python_keywords",
         f"{WAYS_IN}::test_command_line_flags",
         f"{WAYS_IN}::test_a_head_alone_brings_its_target",
+        f"{WAYS_IN}::test_a_speculative_config_holds_for_a_head_alone",
         f"{WAYS_IN}::test_the_config_survives_the_way_to_the_workers",
         f"{WAYS_IN}::test_what_is_not_griffin_is_as_without_the_plugin",
     ],

@@ -26,16 +26,21 @@ def write(folder: Path, target: Path, data: Path) -> CacheManifest:
     return manifest
 
 
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """Copies: what is mapped to memory cannot be overwritten."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
 def lose_a_tensor(path: Path) -> None:
-    save_file({name: tensor for name, tensor in load_file(path).items() if name != "top_ids"}, path)
+    save_file({name: tensor for name, tensor in read(path).items() if name != "top_ids"}, path)
 
 
 def lose_a_row(path: Path) -> None:
-    save_file({name: tensor[1:].contiguous() for name, tensor in load_file(path).items()}, path)
+    save_file({name: tensor[1:].clone() for name, tensor in read(path).items()}, path)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -53,7 +58,7 @@ def test_damaged_shard_is_named_at_the_start_and_written_again_once_removed(
 ) -> None:
     manifest = write(tmp_path, target, data)
     shard = tmp_path / SHARD
-    before = load_file(shard)
+    before = read(shard)
     DAMAGES[name](shard)
     with pytest.raises(
         GriffinError, match=rf"{SHARD}: (is damaged|content is) .*remove it and it is written"
