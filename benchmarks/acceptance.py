@@ -29,7 +29,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
 from statistics import fmean
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records
 from benchmarks.engines import Answer
 from benchmarks.intervals import paired_ratio
-from benchmarks.methods import Method, Run, runs
+from benchmarks.methods import Method, Run, runs, sampling
 from benchmarks.oracle import Oracle
 from benchmarks.prompts import PromptSet
 from benchmarks.trajectory import Trajectory
@@ -182,13 +182,7 @@ def _by_context(scored: Sequence[Scored]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = records.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[8])
-    parser.add_argument(
-        "--draft-sample-method",
-        type=lambda text: text.split(","),
-        default=["greedy"],
-        metavar="greedy,probabilistic",
-        help="how heads draft at a temperature",
-    )
+    records.add_draft_sample_method(parser)
     parser.add_argument("--repeats", type=int, default=3, help="at a temperature; 0 needs one")
     parser.add_argument("--oracle", action="store_true", help="bound greedy drafts at a temperature")
     args = parser.parse_args(argv)
@@ -200,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = records.Record("acceptance", args, sets)
     arguments = records.engine_arguments(args)
     trajectory = Trajectory(args, sets)
-    planned = _plan(methods, args)
+    planned = runs(methods, args.num_speculative_tokens)
+    planned = sampling(planned, args.draft_sample_method, args.temperature)
     if 0 in args.temperature and len(trajectory.answers) < len(sets):
         # plain decoding comes first: it is what writes the trajectory
         planned = [Run(Method("none"), 0), *(run for run in planned if run.method.name != "none")]
@@ -217,15 +212,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(method.name == "none" for method in methods):
         record.results = [row for row in record.results if row["method"] != "none"]
     return record.finish(COLUMNS)
-
-
-def _plan(methods: Sequence[Method], args: argparse.Namespace) -> list[Run]:
-    planned = []
-    for run in runs(methods, args.num_speculative_tokens):
-        for sampler in args.draft_sample_method if run.method.head else ["greedy"]:
-            if sampler == "greedy" or any(args.temperature):
-                planned.append(replace(run, draft_sample_method=sampler))
-    return planned
 
 
 def _measure(

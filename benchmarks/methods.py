@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,16 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
         if TUNED in ks and method.name == "griffin":
             planned.append(_tuned(method))
     return planned
+
+
+def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequence[float]) -> list[Run]:
+    """Every head with every way of drafting; at temperature 0 there is but one."""
+    return [
+        replace(run, draft_sample_method=sampler)
+        for run in planned
+        for sampler in (samplers if run.method.head else ["greedy"])
+        if sampler == "greedy" or any(temperatures)
+    ]
 
 
 def _tuned(method: Method) -> Run:

@@ -60,6 +60,16 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def add_draft_sample_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft-sample-method",
+        type=_list_of(str),
+        default=["greedy"],
+        metavar="greedy,probabilistic",
+        help="how heads draft at a temperature",
+    )
+
+
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         return [kind(item) for item in text.split(",")]

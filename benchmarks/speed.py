@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records, served
 from benchmarks.engines import Answer
 from benchmarks.intervals import DRAWS, paired_ratio
-from benchmarks.methods import Method, Run, runs
+from benchmarks.methods import Method, Run, runs, sampling
 from benchmarks.prompts import Conversation, PromptSet
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
@@ -115,6 +115,7 @@ def speedup(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = records.parser(__doc__, concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096)
+    records.add_draft_sample_method(parser)
     parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
     parser.add_argument(
         "--best-k-from",
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.settings["repeats"] = args.repeats
     best = best_ks(args.best_k_from) if args.best_k_from else {}
     planned = _plan(methods, args.num_speculative_tokens, best)
+    planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)
     if args.served:
         record.settings["client"] = "vllm bench serve"
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     conversations = engines.fitting(
                         llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
                     )
-                    for temperature, concurrency, sample in _measure(llm, conversations, args):
+                    for temperature, concurrency, sample in _measure(llm, run, conversations, args):
                         cell = Cell(engine, prompts.name, temperature, concurrency)
                         samples.setdefault(cell, {})[repeat] = sample
                 record.results = _rows(planned, best, samples)
@@ -191,9 +193,11 @@ def _on_cpu() -> bool:
 
 
 def _measure(
-    llm: LLM, conversations: Sequence[Conversation], args: argparse.Namespace
+    llm: LLM, run: Run, conversations: Sequence[Conversation], args: argparse.Namespace
 ) -> Iterator[tuple[float, int, Sample]]:
     for temperature in args.temperature:
+        if temperature == 0 and run.draft_sample_method != "greedy":
+            continue
         for concurrency in args.concurrency:
             options: dict[str, Any] = {"temperature": temperature, "concurrency": concurrency}
             engines.answer(llm, conversations[:concurrency], max_tokens=WARM_UP_TOKENS, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -53,6 +53,9 @@ class HeadConfig(BaseModel):
         default=None, description="folder or Hub id of the target that it was trained for"
     )
     num_speculative_tokens: PositiveInt = Field(default=5, description="recommended K")
+    draft_sample_method: Literal["greedy", "probabilistic"] = Field(
+        default="greedy", description="recommended way of drafting at a temperature"
+    )
     trained_context_length: PositiveInt | None = None
     draft_stop_probability: float = Field(
         default=0.0,
@@ -99,6 +102,7 @@ class HeadConfig(BaseModel):
             "transformer_layer_config": self.layer_config("llama"),
             "draft_vocab_size": self.draft_vocab_size,
             "trained_context_length": self.trained_context_length,
+            "draft_sample_method": self.draft_sample_method,
             "draft_stop_probability": self.draft_stop_probability,
             "draft_context_limit": self.draft_context_limit,
             "torch_dtype": "bfloat16",
@@ -149,6 +153,7 @@ class HeadConfig(BaseModel):
                 "target": speculators["verifier"]["name_or_path"],
                 "num_speculative_tokens": speculators["proposal_methods"][0]["speculative_tokens"],
                 "trained_context_length": raw.get("trained_context_length"),
+                "draft_sample_method": raw.get("draft_sample_method", "greedy"),
                 "draft_stop_probability": raw.get("draft_stop_probability", 0.0),
                 "draft_context_limit": raw.get("draft_context_limit"),
             }

@@ -34,6 +34,7 @@ HEAD = HeadConfig(
     draft_vocab_size=50,
     target="org/target",
     num_speculative_tokens=3,
+    draft_sample_method="probabilistic",
     trained_context_length=256,
     draft_context_limit=512,
 )
@@ -68,11 +69,13 @@ def test_the_served_layout_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert HeadConfig.read(write(tmp_path, HEAD.to_served())) == HEAD
 
 
-def test_a_served_head_that_names_no_limits_has_none(tmp_path: Path) -> None:
-    silent = without(without(HEAD.to_served(), "draft_context_limit"), "draft_stop_probability")
+def test_a_served_head_that_does_not_say_how_to_draft_gets_vllms_ways(tmp_path: Path) -> None:
+    names = ("draft_context_limit", "draft_stop_probability", "draft_sample_method")
+    silent = {name: value for name, value in HEAD.to_served().items() if name not in names}
     config = HeadConfig.read(write(tmp_path, silent))
     assert config.draft_context_limit is None
     assert config.draft_stop_probability == 0
+    assert config.draft_sample_method == "greedy"
 
 
 SERVED = HEAD.to_served()
@@ -131,6 +134,10 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
     "no context to draft in": (
         SERVED | {"draft_context_limit": 0},
         "draft_context_limit is 0, expected greater than 0",
+    ),
+    "no way of drafting": (
+        SERVED | {"draft_sample_method": "beam"},
+        "draft_sample_method is 'beam', expected 'greedy' or 'probabilistic'",
     ),
     "recommended K of zero": (
         SERVED

@@ -104,7 +104,9 @@ def resolve(
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
-    if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(given):
+    if not given.get("use_local_argmax_reduction"):
+        passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
+    if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
         # How vLLM's V2 runner is asked to let the model choose greedy drafts; it refuses that for sampled ones.
         passed_on.setdefault("use_local_argmax_reduction", True)
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}

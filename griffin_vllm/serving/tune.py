@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.progress import track
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
 # slower server, the gain that is given up is small.
 WORTH_IT = 1.03
+PASSES = 3
 PROMPTS = (
     "Explain how a bicycle stays upright, in words that a child understands.",
     "Write a short email to a landlord about a broken heater.",
@@ -74,30 +76,31 @@ def tune(
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     rendered = [render(tokenizer, [prompt]) for prompt in prompts]
     options = ["--max-model-len", str(max(map(len, rendered)) + tokens + max_k + 1), *engine_options]
-    points: list[Point] = []
-    accepted, rounds = [0] * max_k, 0
     wanted = [(k, size) for size in sorted(batch_sizes) for k in range(max_k + 1)]
+    # there and back and there again, so that a slow spell of the machine does not fall on one K
+    passes = [one for turn in range(PASSES) for one in (wanted[::-1] if turn % 2 else wanted)]
+    steps: dict[tuple[int, int], list[tuple[float, list[int]]]] = {one: [] for one in wanted}
     with _engine(target, head, max_k, max(batch_sizes), options) as engine:
         drafts = _Drafts(engine)
         drafts.set(max_k)
         list(decode(engine, rendered, 16))
-        for k, size in track(wanted, "measuring"):
+        for k, size in track(passes, "measuring"):
             drafts.set(k)
-            steps = list(decode(engine, islice(cycle(rendered), size), tokens))
-            seconds = sum(took for took, _ in steps)
-            emitted = [count for _, counts in steps for count in counts]
-            point = Point(
+            steps[k, size] += decode(engine, islice(cycle(rendered), size), tokens)
+    points, longest = [], []
+    for (k, size), taken in steps.items():
+        emitted = [count for _, counts in taken for count in counts]
+        points.append(
+            Point(
                 batch_size=size,
                 num_speculative_tokens=k,
-                step_ms=1000 * seconds / len(steps),
-                acceptance_length=sum(emitted) / len(emitted),
-                tokens_per_second=sum(emitted) / seconds,
+                step_ms=1000 * median(seconds for seconds, _ in taken),
+                acceptance_length=fmean(emitted),
+                tokens_per_second=sum(emitted) / sum(seconds for seconds, _ in taken),
             )
-            points.append(point)
-            if k == max_k:
-                rounds += len(emitted)
-                accepted = [n + sum(c > i for c in emitted) for i, n in enumerate(accepted, 1)]
-    shares = [count / rounds for count in accepted]
+        )
+        longest += emitted if k == max_k else []
+    shares = [sum(count > i for count in longest) / len(longest) for i in range(1, max_k + 1)]
     schedule = choose(points, shares)
     return Tuning(
         machine=machine(),

@@ -20,7 +20,7 @@ TUNING_FILE = "tuning.json"
 
 
 class Point(BaseModel):
-    """One measurement: milliseconds a round, tokens a request and round, tokens a second of the batch."""
+    """One measurement: milliseconds of the median round, tokens a request and round, tokens a second of the batch."""
 
     batch_size: PositiveInt
     num_speculative_tokens: NonNegativeInt

@@ -127,6 +127,17 @@ def test_other_speculative_keys_are_passed_on(target: Path, head: Path, expected
     assert found == expected | {"draft_sample_method": "probabilistic"}
 
 
+def test_a_head_says_how_it_likes_to_draft_and_the_operator_may_say_otherwise(
+    target: Path, tmp_path: Path, expected: dict[str, Any]
+) -> None:
+    config = tiny.CONFIG.model_copy(update={"draft_sample_method": "probabilistic"})
+    head = tiny.write_head(tmp_path / "sampling-head", config, target)
+    asked: dict[str, Any] = {"model": str(target), "spec_model": f"griffin:{head}", "spec_tokens": K}
+    expected = expected | {"head": str(head)}
+    assert configured(**asked) == expected | {"draft_sample_method": "probabilistic"}
+    assert configured(**asked, speculative_config={"draft_sample_method": "greedy"}) == expected
+
+
 def test_the_config_survives_the_way_to_the_workers(target: Path, head: Path) -> None:
     config = EngineArgs(model=str(target), spec_model=f"griffin:{head}").create_engine_config()
     again = pickle.loads(pickle.dumps(config))
