@@ -88,11 +88,11 @@ bench: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3,5 \
 	  --num-prompts 20 --json $(RESULTS)/acceptance.json
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3 \
-	  --temperature 1 --draft-sample-method greedy,probabilistic --num-prompts 8 \
+	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 8 \
 	  --json $(RESULTS)/acceptance-sampled.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods $(BENCH_METHODS) \
 	  --num-speculative-tokens 2,3,5 --concurrency 1 --json $(RESULTS)/speed.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,griffin:$(TARGET) \
 	  --num-speculative-tokens tuned --concurrency 2,4,8,16 --num-prompts 16 --json $(RESULTS)/speed-by-load.json
 	$(BIN)/python benchmarks/report.py $(addprefix $(RESULTS)/,acceptance.json acceptance-sampled.json \
-	  speed.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) --out $(RESULTS) --readme README.md
+	  speed.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md

@@ -173,10 +173,10 @@ def read(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    lines = [["vLLM (CPU)", "transformers", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
+    lines = [["vLLM (CPU)", "transformers", *COLUMNS]]
     for version, row in record["run"].items():
         lines.append([version, row["transformers"], *(cell(row["cells"][column]) for column in COLUMNS)])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    text = records.pipes(lines) + "\n"
     for version, row in record["read"].items():
         found = f"lacks {', '.join(row['missing'])}" if row["missing"] else "has all of them"
         text += f"\n{version} was read, not run: of the {row['names']} things that are needed it {found}.\n"

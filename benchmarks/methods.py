@@ -9,7 +9,7 @@ from typing import Any
 
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import read_tuning
+from griffin_vllm.serving.tuning import Tuning, read_tuning
 
 # HASS changes how an EAGLE head is trained; what is served is an EAGLE head.
 VLLM_METHODS = {"eagle": "eagle", "hass": "eagle", "eagle3": "eagle3", "griffin": "griffin"}
@@ -48,21 +48,18 @@ class Run:
     method: Method
     num_speculative_tokens: int
     draft_sample_method: str = "greedy"
-    # of `griffin tune`: (first, last, K) for each range of batch sizes
-    schedule: tuple[tuple[int, int, int], ...] = ()
+    tuning: Tuning | None = None
 
     @property
     def speculative_config(self) -> dict[str, Any] | None:
         config = self.method.speculative_config(self.num_speculative_tokens, self.draft_sample_method)
-        if config and {k for _, _, k in self.schedule} - {self.num_speculative_tokens}:
-            config["num_speculative_tokens_per_batch_size"] = list(self.schedule)
-        return config
+        return config | self.tuning.speculative_config() if config and self.tuning else config
 
     @property
     def label(self) -> str:
         name = self.method.name + (f":{shown(self.method.head)}" if self.method.head else "")
         drafts = f" K={self.num_speculative_tokens}" if self.num_speculative_tokens else ""
-        drafts += " tuned" if self.schedule else ""
+        drafts += " tuned" if self.tuning else ""
         return (
             name + drafts + ("" if self.draft_sample_method == "greedy" else f" {self.draft_sample_method}")
         )
@@ -76,8 +73,8 @@ class Run:
         }
         if self.method.head:
             fields["draft_sample_method"] = self.draft_sample_method
-        if self.schedule:
-            fields["schedule"] = [list(rule) for rule in self.schedule]
+        if self.tuning:
+            fields["schedule"] = [list(rule) for rule in self.tuning.schedule]
         return fields
 
 
@@ -155,4 +152,4 @@ def _tuned(method: Method) -> Run:
     tuning = read_tuning(head)
     if tuning is None:
         raise GriffinError(f"{head.folder}: has no tuning of this machine and vLLM; run `griffin tune` first")
-    return Run(method, tuning.num_speculative_tokens, schedule=tuple(tuning.schedule))
+    return Run(method, tuning.num_speculative_tokens, tuning=tuning)

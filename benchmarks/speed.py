@@ -246,7 +246,7 @@ def _rows(
             "time_per_output_token_ms": 1000 * seconds / tokens,
             "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
         }
-        if best.get(named(run.method)) == run.num_speculative_tokens and not run.schedule:
+        if best.get(named(run.method)) == run.num_speculative_tokens and not run.tuning:
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.methods import parse_methods, runs
 from benchmarks.prompts import read_prompts
-from griffin_vllm.checkpoint import open_head, weights_digest
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import TUNING_FILE, Tuning, machine, vllm_version, write_tuning
+from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
 from tests.serving import tiny
+from tests.serving.test_tune import tuning
 
 RECORDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mt-bench": ({"question_id": 81, "category": "x", "turns": ["a", "b"]}, ("a", "b")),
@@ -87,17 +87,8 @@ def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_p
     [griffin] = parse_methods(f"griffin:{folder}")
     with pytest.raises(GriffinError, match="run `griffin tune`"):
         runs([griffin], ["tuned"])
-    tuning = Tuning(
-        machine=machine(),
-        vllm=vllm_version(),
-        target="target",
-        weights=weights_digest(open_head(folder).weights),
-        position_acceptance=[0.5],
-        points=[],
-        num_speculative_tokens=2,
-        schedule=[(1, 2, 2), (3, 8, 0)],
-    )
-    write_tuning(folder / TUNING_FILE, tuning)
+    found = tuning(folder, num_speculative_tokens=2, schedule=[(1, 2, 2), (3, 8, 0)])
+    write_tuning(folder / TUNING_FILE, found)
     fixed, tuned = runs([griffin], [3, "tuned"])
     assert fixed.num_speculative_tokens == 3
     assert tuned.num_speculative_tokens == 2
