@@ -4,7 +4,8 @@
 
 Every variant trains with CONFIG's data, stages and rates and differs in one thing; it is judged by the
 simulated acceptance length on the target's own held-out greedy answers. Runs take turns seed by seed, go on
-where they were stopped when the same command is given again, and the record grows with each.
+where they were stopped when the same command is given again, and the record grows with each; runs that a former command
+put into it under the same settings stay.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
+from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.config import TrainConfig
@@ -125,13 +127,25 @@ def main(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise GriffinError.at("ablation.py", "--seeds", seeds, "whole numbers like 1,2,3") from error
-    runs: list[dict[str, Any]] = []
+    settings = settings_of(config)
+    runs = recorded(json_path, settings)
     for seed in numbers:
         for name in names:
-            runs.append(run(name, seed, config, out))
-            record = {"settings": settings_of(config), "runs": runs}
+            runs[name, seed] = run(name, seed, config, out)
+            ordered = [runs[key] for key in sorted(runs, key=lambda key: (list(VARIANTS).index(key[0]), key[1]))]
+            record = {"settings": settings, "runs": ordered}
             records.write_atomically(json_path, json.dumps(record, indent=1) + "\n")
-    Console().print(table(runs))
+    Console().print(table(ordered))
+
+
+def recorded(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """The runs of an existing record by variant and seed; none of a record of other settings."""
+    if not path.is_file():
+        return {}
+    record = read_json(path)
+    if record.get("settings") != settings:
+        return {}
+    return {(one["variant"], one["seed"]): one for one in record["runs"]}
 
 
 def chosen_variants(text: str) -> list[str]:

@@ -327,7 +327,8 @@ TOUCH_POINTS = (
         (
             "EagleProposer.__init__(vllm_config, device, runner)",
             "EagleProposer.load_model(target_model)",
-            "EagleProposer.propose(num_speculative_tokens, common_attn_metadata)",
+            "EagleProposer.propose(num_speculative_tokens, common_attn_metadata, next_token_ids, target_positions, "
+            "target_hidden_states)",
             "EagleProposer._greedy_sample(hidden_states)",
         ),
         on_import=True,
@@ -361,7 +362,8 @@ RELIED_ON = (
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
     "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
-    "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound)",
+    "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
+    "max_query_len, slot_mapping)",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens(lm_head, hidden_states)",

@@ -40,6 +40,7 @@ from griffin_vllm.errors import GriffinError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention.attention import Attention
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
 # Checkpoint tensor -> (vLLM's fused parameter, shard of it). The fusion's up_proj stands alone.
@@ -199,12 +200,6 @@ class GriffinDecoderLayer(nn.Module):
         heads = (-1, attention.num_kv_heads, attention.head_dim)
         torch.ops.vllm.unified_kv_cache_update(k.view(heads), v.view(heads), attention.attn.layer_name)
 
-    @property
-    def writes_cache_apart(self) -> bool:
-        """Whether the attention backend has the cache's update apart from the attention itself."""
-        backend = self.self_attn.attn.attn_backend
-        return not getattr(backend, "forward_includes_kv_cache_update", True)
-
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
 class GriffinModel(nn.Module):
@@ -335,6 +330,18 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         super().__setattr__(name, value)
 
     @property
+    def writes_cache_apart(self) -> bool:
+        """Whether the attention backend has the cache's update apart from the attention itself."""
+        backend = self.attention.attn_backend
+        return not getattr(backend, "forward_includes_kv_cache_update", True)
+
+    @property
+    def attention(self) -> Attention:
+        """The head's only attention layer, which owns its KV cache."""
+        layer: Any = self.model.layers[0]
+        return layer.self_attn.attn
+
+    @property
     def output_embeddings(self) -> VocabParallelEmbedding:
         """The target's ``lm_head``, or its rows; Gemma 2 has no such module and uses its embeddings."""
         if not hasattr(self, "lm_head"):
@@ -366,7 +373,7 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         """
         if inputs_embeds is not None:
             raise NotImplementedError("a GRIFFIN head takes token ids, not multimodal embeddings")
-        if self.writes_cache_only and self.model.layers[0].writes_cache_apart:
+        if self.writes_cache_only and self.writes_cache_apart:
             written = self.model.write_cache(input_ids, positions, hidden_states)
             return written, written
         predict, residual, activations = self.model(input_ids, positions, hidden_states)

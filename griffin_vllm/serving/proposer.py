@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from griffin_vllm.serving.model import GriffinForCausalLM
+from griffin_vllm.serving.postponed import PostponedWrites
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +39,8 @@ class GriffinProposer(EagleProposer):
 
     *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 
-    *No drafts wanted* (K = 0 from a batch-size schedule): the head only writes its KV cache.
+    *No drafts wanted* (K = 0 from a batch-size schedule): the head only writes its KV cache, and that of many
+    steps at once (``postponed.py``) where the whole batch decodes.
 
     *Long contexts*: requests whose context has passed the head's ``draft_context_limit`` get no drafts; a
     batch of none but such is one where no drafts are wanted. A scheduler that does not wait for the drafts
@@ -63,6 +66,9 @@ class GriffinProposer(EagleProposer):
         stop_probability = getattr(head, "draft_stop_probability", 0.0)
         self.stop_probability = stop_probability if shapes_may_vary else 0.0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
+        # A KV connector reads blocks behind the proposer's back.
+        self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
+        self.postponed = PostponedWrites(self._write_cache)
         self._drafts: list[torch.Tensor] = []
         # Drafts of this round that are still to be made.
         self._missing = 0
@@ -85,7 +91,11 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        drafts = self._draft(near, *args, **kwargs | {"num_speculative_tokens": 0 if all_far else wanted})
+        if (wanted == 0 or all_far) and self._only_decodes(kwargs["common_attn_metadata"]):
+            drafts = self._postpone(**kwargs)
+        else:
+            self.postponed.write()
+            drafts = self._draft(near, *args, **kwargs | {"num_speculative_tokens": 0 if all_far else wanted})
         if all(near) or (all_far and self.scheduler_waits):
             return drafts
         if not self.scheduler_waits:
@@ -98,6 +108,43 @@ class GriffinProposer(EagleProposer):
             return [True] * metadata.num_reqs
         lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         return (lengths <= self.context_limit).tolist()
+
+    def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
+        """Whether the step has one token of each request, and its cache entries can be written later."""
+        return (
+            self.may_postpone
+            and metadata.max_query_len == 1
+            and isinstance(self.model, GriffinForCausalLM)
+            and self.model.writes_cache_apart
+        )
+
+    def _postpone(
+        self,
+        *,
+        next_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        common_attn_metadata: CommonAttentionMetadata,
+        **_: Any,
+    ) -> torch.Tensor:
+        """No drafts (requests, 0). Of one token a request, the token after it is the next one."""
+        requests = len(next_token_ids)
+        slots = common_attn_metadata.slot_mapping[:requests]
+        self.postponed.add(
+            next_token_ids, target_positions[:requests], target_hidden_states[:requests], slots
+        )
+        return next_token_ids.new_empty(requests, 0, dtype=torch.int64)
+
+    def _write_cache(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        mapping = {self.model.attention.layer_name: slots}
+        with set_forward_context(None, self.vllm_config, num_tokens=len(slots), slot_mapping=mapping):
+            self.model.model.write_cache(input_ids, positions, hidden_states)
 
     def _draft(self, near: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._drafts = []

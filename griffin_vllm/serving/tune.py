@@ -179,6 +179,7 @@ def _engine(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import EngineArgs
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -188,6 +189,10 @@ def _engine(
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="griffin tune"))
     parser.error = refuse
     arguments = EngineArgs.from_cli_args(parser.parse_args(["--model", target, *options]))
+    if current_platform.is_cpu() and arguments.distributed_executor_backend is None:
+        # As behind `vllm serve`: a worker of its own, whose threads are bound to all cores but the scheduler's.
+        # In this process the model would have every core, and two cores verify at half the price of one.
+        arguments.distributed_executor_backend = "mp"
     arguments.max_num_seqs = max_batch
     arguments.enable_prefix_caching = False
     arguments.speculative_config = {

@@ -86,14 +86,16 @@ def test_the_last_draft_step_leaves_out_what_would_be_fed_back(
 
 
 def head_cache(worker: Any) -> torch.Tensor:
-    [layer] = worker.model_runner.drafter.model.model.layers
-    return layer.self_attn.attn.kv_cache.clone()
+    drafter = worker.model_runner.drafter
+    drafter.postponed.write()
+    return drafter.model.attention.kv_cache.clone()
 
 
-def test_a_step_that_wants_no_drafts_writes_the_same_cache(
+def test_steps_that_want_no_drafts_write_the_same_cache_together(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from griffin_vllm.serving.model import GriffinDecoderLayer
+    from griffin_vllm.serving import postponed
+    from griffin_vllm.serving.model import GriffinDecoderLayer, GriffinForCausalLM
 
     head = tiny.write_head(tmp_path / "head")
     speculating = {
@@ -113,20 +115,65 @@ def test_a_step_that_wants_no_drafts_writes_the_same_cache(
         write_cache(self, *args)
 
     monkeypatch.setattr(GriffinDecoderLayer, "write_cache", counted)
+    monkeypatch.setattr(postponed, "MOST", 6)
+    texts = ["hello world", "how are you?"]
     caches = []
     for apart in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not apart:
-                patch.setattr(GriffinDecoderLayer, "writes_cache_apart", False)
+                patch.setattr(GriffinForCausalLM, "writes_cache_apart", False)
             calls.clear()
             with engine(**speculating) as llm:
-                answers = ask(llm, "hello world", "how are you?")
+                answers = ask(llm, *texts)
                 caches.append((answers, llm.collective_rpc(head_cache)[0]))
-        # the prefill, and every step after it
-        assert len(calls) == (40 if apart else 0)
+        # the prefill, and 39 steps of two tokens
+        assert calls == ([len("".join(texts))] + [6] * 13 if apart else [])
     assert caches[0][0] == caches[1][0]
     assert caches[0][1].abs().sum() > 0
     torch.testing.assert_close(caches[0][1], caches[1][1])
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_once(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix_caching: bool
+) -> None:
+    from vllm import SamplingParams
+
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    postpones = GriffinProposer._only_decodes
+    config = tiny.CONFIG.model_copy(update={"draft_stop_probability": 0.0})
+    head = tiny.write_head(tmp_path / "head", config)
+    weights = head / SAFETENSORS_FILE
+    tensors = load_file(weights)
+    # as it is written the head drafts from the last token alone; now its attention has a say
+    tensors["fc.fc.weight"] *= 0.1
+    save_file(tensors, weights)
+    # the short ones' blocks are handed on while the long one goes on
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for tokens in (120, 20, 20, 30)
+    ]
+    found = []
+    for postponed in (True, False):
+        if not postponed:
+            monkeypatch.setattr(GriffinProposer, "_only_decodes", lambda *_: False)
+        else:
+            monkeypatch.setattr(GriffinProposer, "_only_decodes", postpones)
+        with engine(
+            model=target,
+            enable_prefix_caching=prefix_caching,
+            max_num_seqs=2,
+            speculative_config={
+                "method": "griffin",
+                "model": str(head),
+                "num_speculative_tokens": K,
+                "num_speculative_tokens_per_batch_size": [(1, 1, K), (2, 16, 0)],
+            },
+        ) as llm:
+            answers = llm.generate(["hello world", "how are you?", "and you?", "42"], parameters)
+            found.append(([list(one.outputs[0].token_ids) for one in answers], spec_counters(llm)))
+    assert found[0] == found[1]
+    assert found[0][1]["num_accepted_tokens"] > 0
 
 
 def test_drafting_begins_again_when_the_batch_is_small_enough(target: str, tmp_path: Path) -> None:
@@ -192,6 +239,7 @@ def test_a_batch_past_the_heads_limit_runs_no_draft_step(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from griffin_vllm.serving.model import GriffinForCausalLM
+    from griffin_vllm.serving.postponed import PostponedWrites
 
     calls: list[tuple[int, bool]] = []
     forward = GriffinForCausalLM.forward
@@ -200,13 +248,20 @@ def test_a_batch_past_the_heads_limit_runs_no_draft_step(
         calls.append((len(input_ids), self.writes_cache_only))
         return forward(self, input_ids, *args, **kwargs)
 
+    postponed: list[int] = []
+
+    def noted(_: Any, tokens: torch.Tensor, *__: torch.Tensor) -> None:
+        postponed.append(len(tokens))
+
     head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update={"draft_context_limit": LIMIT}))
     monkeypatch.setattr(GriffinForCausalLM, "forward", counted)
+    monkeypatch.setattr(PostponedWrites, "add", noted)
     with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
         calls.clear()
         ask(llm, LONG, LONG)
     # two requests, one token each a step: nothing was drafted, so nothing is verified
-    assert calls == [(2 * len(LONG), True)] + [(2, True)] * 39
+    assert calls == [(2 * len(LONG), True)]
+    assert postponed == [2] * 39
 
 
 @pytest.mark.parametrize(("lengths", "expected"), [([70, 80], 0), ([50, 80], 7), ([50, 55], 7)])
@@ -217,6 +272,7 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
 
     from vllm.v1.spec_decode.eagle import EagleProposer
 
+    from griffin_vllm.serving.postponed import PostponedWrites
     from griffin_vllm.serving.proposer import GriffinProposer
 
     def draft(self: Any, num_speculative_tokens: int, **kwargs: Any) -> torch.Tensor:
@@ -226,6 +282,7 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     proposer: Any = object.__new__(GriffinProposer)
     proposer.context_limit, proposer.device, proposer.model = LIMIT, torch.device("cpu"), None
     proposer.steps_may_vary, proposer.scheduler_waits = True, False
+    proposer.may_postpone, proposer.postponed = False, PostponedWrites(lambda *_: None)
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
     )
