@@ -132,7 +132,9 @@ def main(
     for seed in numbers:
         for name in names:
             runs[name, seed] = run(name, seed, config, out)
-            ordered = [runs[key] for key in sorted(runs, key=lambda key: (list(VARIANTS).index(key[0]), key[1]))]
+            ordered = [
+                runs[key] for key in sorted(runs, key=lambda key: (list(VARIANTS).index(key[0]), key[1]))
+            ]
             record = {"settings": settings, "runs": ordered}
             records.write_atomically(json_path, json.dumps(record, indent=1) + "\n")
     Console().print(table(ordered))
