@@ -169,11 +169,14 @@ def cells(source: Source) -> list[list[str]]:
 
 
 def margins(source: Source) -> list[list[str]]:
-    """GRIFFIN's acceptance length over every other speculator's at the same K and temperature, data set by
-    data set and over all of them, as table cells; empty where there is nothing to compare."""
+    """GRIFFIN's acceptance length over every other speculator's at the same K, temperature and way of sampling
+    drafts (ngram has none), data set by data set and over all of them, as table cells; empty where there is
+    nothing to compare."""
     drafted = [row for row in source.results if row["method"] != "none" and row.get("conversations")]
     groups: dict[tuple[Any, ...], dict[str, dict[str, dict[str, list[int]]]]] = {}
+    sampled_by: dict[str, str | None] = {}
     for row in drafted:
+        sampled_by[method_name(row)] = row.get("draft_sample_method")
         group = groups.setdefault((row["num_speculative_tokens"], row["temperature"], row["concurrency"]), {})
         sets = group.setdefault(method_name(row), {})
         sets[row["dataset"]] = row["conversations"]
@@ -183,6 +186,8 @@ def margins(source: Source) -> list[list[str]]:
     for (k, temperature, _), methods in groups.items():
         griffins = [name for name in methods if name.startswith("griffin")]
         for ours, theirs in itertools.product(griffins, [name for name in methods if name not in griffins]):
+            if sampled_by[theirs] not in (None, sampled_by[ours]):
+                continue
             for dataset in methods[ours].keys() & methods[theirs].keys():
                 ratio, (low, high) = ratio_interval(methods[ours][dataset], methods[theirs][dataset])
                 margin = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"

@@ -4,7 +4,8 @@
 
 A round is one engine step in which every request of the batch decodes: the target verifies K + 1 tokens a
 request, the head drafts the next K. The engine runs in this process and vLLM's own functions are timed, each
-without the phases inside it, so that phases add up to the round. On CPU only: a GPU works behind the clock.
+without the phases inside it, so that phases add up to the round. It has one core less than the machine, as a worker
+of ``vllm serve`` has: there the scheduler takes the last one. On CPU only: a GPU works behind the clock.
 
 - ``scheduling``: choosing requests, taking in tokens and drafts
 - ``target inputs``, ``target metadata``: batch state and input tensors; attention metadata
@@ -30,6 +31,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -189,9 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise GriffinError("round.py: times functions by the clock, which says something on CPU only")
     # the functions that are timed must be in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     methods, sets = records.load_inputs(args)
     record = records.Record("round", args, sets)
     record.settings["repeats"] = args.repeats
+    record.settings["threads"] = torch.get_num_threads()
     planned = runs(methods, args.num_speculative_tokens)
     measured: dict[tuple[int, int], list[Round]] = {}
     for repeat in range(args.repeats):

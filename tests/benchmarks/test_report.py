@@ -89,6 +89,36 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "<script" not in page
 
 
+def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
+    samplers = {
+        "eagle": ("greedy", "probabilistic"),
+        "griffin": ("greedy", "probabilistic"),
+        "ngram": (None,),
+    }
+    rows = [
+        {
+            "method": method,
+            "head": None,
+            "dataset": "data",
+            "num_speculative_tokens": 3,
+            "temperature": 1.0,
+            "concurrency": 1,
+            "conversations": {"1": [2, 1]},
+        }
+        | ({"draft_sample_method": sampler} if sampler else {})
+        for method, kinds in samplers.items()
+        for sampler in kinds
+    ]
+    header, *lines = report.margins(report.Source({"benchmark": "acceptance"}, rows))
+    assert header[1:3] == ["method", "against"]
+    assert sorted(line[1:3] for line in lines if line[0] == "all") == [
+        ["griffin", "eagle"],
+        ["griffin", "ngram"],
+        ["griffin probabilistic", "eagle probabilistic"],
+        ["griffin probabilistic", "ngram"],
+    ]
+
+
 def test_the_same_records_give_the_same_files(folder: Path) -> None:
     files = []
     for name in ("a", "b"):
