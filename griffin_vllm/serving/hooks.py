@@ -259,6 +259,22 @@ def _draft_with_our_proposer(eagle: ModuleType) -> None:
     proposer.__new__ = staticmethod(new)
 
 
+def _sample_plainly_without_drafts(module: ModuleType) -> None:
+    rejection_sampler = module.RejectionSampler
+    original = rejection_sampler.forward
+    if hasattr(original, "griffin"):
+        return
+
+    @functools.wraps(original)
+    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+        if metadata.max_spec_len == 0 and getattr(self, "serves_griffin", False):
+            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        return original(self, metadata, draft_probs, logits, sampling_metadata)
+
+    forward.griffin = True  # type: ignore[attr-defined]
+    rejection_sampler.forward = forward
+
+
 def _mend_cpu_sampling(_: ModuleType) -> None:
     from griffin_vllm.serving.cpu_sampling import mend
 
@@ -334,6 +350,14 @@ TOUCH_POINTS = (
         on_import=True,
     ),
     TouchPoint(
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        "a step without drafts is sampled as plain vLLM does it; since 0.32 the V1 runner takes the long way",
+        _sample_plainly_without_drafts,
+        ("RejectionSampler.forward(metadata, draft_probs, logits, sampling_metadata)",),
+        on_import=True,
+    ),
+    TouchPoint(
         "vllm.utils",
         "cpu_triton_utils._expand_kernel_impl",
         "random rejection sampling on CPU, see cpu_sampling.py",
@@ -364,6 +388,7 @@ RELIED_ON = (
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
     "max_query_len, slot_mapping)",
+    "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens(lm_head, hidden_states)",

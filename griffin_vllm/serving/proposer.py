@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+    from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
@@ -51,8 +52,9 @@ class GriffinProposer(EagleProposer):
 
     model: GriffinForCausalLM
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
         config, head = self.vllm_config, self.draft_model_config.hf_config
         # Ranks of data parallelism that share experts must all take the same number of draft steps.
         self.steps_may_vary = config.parallel_config.data_parallel_size == 1
@@ -82,6 +84,8 @@ class GriffinProposer(EagleProposer):
         The V2 runner shares the same (``maybe_share_target_embed``).
         """
         super().load_model(target_model)
+        # for the touch point in hooks.py; the runner makes its sampler after its drafter
+        self.runner.rejection_sampler.serves_griffin = True
         embed_tokens = self.model.model.embed_tokens
         if isinstance(embed_tokens, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embed_tokens.base_layer

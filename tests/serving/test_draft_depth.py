@@ -133,6 +133,37 @@ def test_steps_that_want_no_drafts_write_the_same_cache_together(
     torch.testing.assert_close(caches[0][1], caches[1][1])
 
 
+def test_a_step_without_drafts_is_sampled_as_without_a_speculator(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.sample import rejection_sampler
+
+    def long_way(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing was drafted")
+
+    monkeypatch.setattr(rejection_sampler, "rejection_sample", long_way)
+    speculation = {
+        "method": "griffin",
+        "model": str(tiny.write_head(tmp_path / "head")),
+        "num_speculative_tokens": K,
+        "num_speculative_tokens_per_batch_size": [(1, 16, 0)],
+    }
+    parameters = SamplingParams(
+        temperature=0, max_tokens=20, ignore_eos=True, logprobs=3, repetition_penalty=1.3
+    )
+    found = []
+    for options in ({}, {"speculative_config": speculation}):
+        with engine(model=target, **options) as llm:
+            answers = llm.generate(["hello world", "how are you?"], parameters)
+        found.append([(one.outputs[0].token_ids, one.outputs[0].logprobs) for one in answers])
+    for plain, ours in zip(*found, strict=True):
+        assert ours[0] == plain[0]
+        for left, right in zip(plain[1], ours[1], strict=True):
+            assert {t: x.rank for t, x in left.items()} == {t: x.rank for t, x in right.items()}
+            assert [x.logprob for x in left.values()] == pytest.approx([x.logprob for x in right.values()])
+
+
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_once(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix_caching: bool
