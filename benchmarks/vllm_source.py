@@ -21,7 +21,9 @@ def missing(root: Path, package: Path = PACKAGE) -> tuple[int, list[str]]:
     """How many things were looked up below ``root``, the folder that holds ``vllm/``, and those not found."""
     source = Source(root)
     asked = {(point.module, need) for point in hooks.TOUCH_POINTS for need in point.needs}
-    asked |= {(module, need) for module, _, need in (entry.partition(":") for entry in hooks.RELIED_ON)}
+    for entry in (*hooks.RELIED_ON, *hooks.RELIED_ON_BY_V2):
+        module, _, need = entry.partition(":")
+        asked.add((module, need))
     for path in package.rglob("*.py"):
         asked |= set(uses(ast.parse(path.read_text(encoding="utf-8")), source))
     return len(asked), [f"{module}:{need}" for module, need in sorted(asked) if not source.fits(module, need)]

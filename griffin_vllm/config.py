@@ -52,6 +52,9 @@ class HeadConfig(BaseModel):
     target: str | None = Field(
         default=None, description="folder or Hub id of the target that it was trained for"
     )
+    target_model_type: str | None = Field(
+        default=None, description="that target's model type, one of TARGET_FAMILIES; None: not known"
+    )
     num_speculative_tokens: PositiveInt = Field(default=5, description="recommended K")
     draft_sample_method: Literal["greedy", "probabilistic"] = Field(
         default="greedy", description="recommended way of drafting at a temperature"
@@ -101,6 +104,7 @@ class HeadConfig(BaseModel):
             },
             "transformer_layer_config": self.layer_config("llama"),
             "draft_vocab_size": self.draft_vocab_size,
+            "target_model_type": self.target_model_type,
             "trained_context_length": self.trained_context_length,
             "draft_sample_method": self.draft_sample_method,
             "draft_stop_probability": self.draft_stop_probability,
@@ -130,8 +134,12 @@ class HeadConfig(BaseModel):
         }
 
     def check_target(self, where: Path, family: str, hidden_size: int, vocab_size: int) -> None:
-        """Raise GriffinError unless this head (config at ``where``) fits a target of these sizes."""
+        """Raise GriffinError unless this head (config at ``where``) fits a target of this model type and sizes."""
         check_family("target", family)
+        if self.target_model_type not in (None, family):
+            raise GriffinError.at(
+                where, "target_model_type", self.target_model_type, f"{family!r} (the target's model_type)"
+            )
         for name, found, expected in (
             ("hidden_size", self.hidden_size, hidden_size),
             ("vocab_size", self.vocab_size, vocab_size),
@@ -152,6 +160,7 @@ class HeadConfig(BaseModel):
             provenance = {
                 "target": speculators["verifier"]["name_or_path"],
                 "num_speculative_tokens": speculators["proposal_methods"][0]["speculative_tokens"],
+                "target_model_type": raw.get("target_model_type"),
                 "trained_context_length": raw.get("trained_context_length"),
                 "draft_sample_method": raw.get("draft_sample_method", "greedy"),
                 "draft_stop_probability": raw.get("draft_stop_probability", 0.0),

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
@@ -32,21 +34,45 @@ def convert(
     """Write the head in ``source`` (either layout) to ``destination`` in the served layout.
 
     Weights keep their dtype; the copy of the target's embeddings is left out. ``target`` (folder or
-    Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve. With
+    Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve, and so is its
+    model type where this machine has the target. With
     ``draft_vocabulary`` (target ids (N,) int64, ascending) the head drafts these tokens only.
 
     Raises:
-        GriffinError: ``source`` is not a GRIFFIN head.
+        GriffinError: ``source`` is not a GRIFFIN head, or one for another family than ``target``'s.
     """
     head = open_head(source)
+    model_type = _model_type(target) if target else None
+    if model_type and head.config.target_model_type not in (None, model_type):
+        raise GriffinError.at(
+            source / CONFIG_FILE,
+            "target_model_type",
+            head.config.target_model_type,
+            f"{model_type!r} (that of {target})",
+        )
     tensors = load_tensors(head.weights)
     tensors.pop(EMBEDDINGS, None)
     changes: dict[str, object] = {"target": target} if target else {}
+    if model_type:
+        changes["target_model_type"] = model_type
     if draft_vocabulary is not None:
         changes["draft_vocab_size"] = len(draft_vocabulary)
         tensors |= draft_vocabulary_tensors(draft_vocabulary, head.config.vocab_size)
     save_head(destination, head.config.model_copy(update=changes).to_served(), tensors, dtype=None)
     return open_head(destination)
+
+
+def _model_type(target: str) -> str | None:
+    """The target's model type, or None where its config is not on this machine."""
+    path = Path(target) / CONFIG_FILE
+    if not Path(target).exists():
+        try:
+            cached = try_to_load_from_cache(target, CONFIG_FILE)
+        except HFValidationError:  # not a Hub id either
+            cached = None
+        path = Path(cached) if isinstance(cached, str) else path
+    found = read_json(path).get("model_type") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def cached_served_layout(head: Head, cache: Path) -> Path:

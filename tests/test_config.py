@@ -33,6 +33,7 @@ HEAD = HeadConfig(
     vocab_size=100,
     draft_vocab_size=50,
     target="org/target",
+    target_model_type="llama",
     num_speculative_tokens=3,
     draft_sample_method="probabilistic",
     trained_context_length=256,
@@ -70,9 +71,10 @@ def test_the_served_layout_reads_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_served_head_that_does_not_say_how_to_draft_gets_vllms_ways(tmp_path: Path) -> None:
-    names = ("draft_context_limit", "draft_stop_probability", "draft_sample_method")
+    names = ("target_model_type", "draft_context_limit", "draft_stop_probability", "draft_sample_method")
     silent = {name: value for name, value in HEAD.to_served().items() if name not in names}
     config = HeadConfig.read(write(tmp_path, silent))
+    assert config.target_model_type is None
     assert config.draft_context_limit is None
     assert config.draft_stop_probability == 0
     assert config.draft_sample_method == "greedy"

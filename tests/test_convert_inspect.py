@@ -67,6 +67,31 @@ def test_convert_keeps_every_number_and_names_the_target(published: Path, tmp_pa
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
+def test_convert_names_the_family_of_a_target_that_is_here_and_keeps_it(
+    published: Path, tmp_path: Path
+) -> None:
+    for family in ("qwen2", "llama"):
+        (tmp_path / family).mkdir()
+        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
+    assert run("convert", published, tmp_path / "out", "--target", tmp_path / "qwen2")[0] == 0
+    for target in ("org/target", "a/b/c"):
+        assert run("convert", tmp_path / "out", tmp_path / "again", "--target", target)[0] == 0
+        assert open_head(tmp_path / "again").config.target_model_type == "qwen2"
+    status, output = run("convert", tmp_path / "out", tmp_path / "other", "--target", tmp_path / "llama")
+    assert status == 2
+    assert "config.json: target_model_type is 'qwen2', expected 'llama' (that of " in output
+
+
+def test_a_target_of_another_family_does_not_fit(published: Path, tmp_path: Path) -> None:
+    sizes = {"model_type": "qwen2", "hidden_size": 64, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    for family, fits in (("qwen2", True), ("llama", False)):
+        config = CONFIG.model_copy(update={"target_model_type": family}).to_served()
+        (published / "config.json").write_text(json.dumps(config))
+        status, output = run("inspect", published, "--target", tmp_path, "--json")
+        assert (status == 0) is json.loads(output)["fits"] is fits
+
+
 def test_inspect_tells_what_a_head_is(published: Path) -> None:
     status, output = run("inspect", published, "--json")
     facts = json.loads(output)

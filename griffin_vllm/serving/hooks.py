@@ -9,6 +9,7 @@ a point is touched, and in the source of a vLLM that cannot run here by ``benchm
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import importlib
 import importlib.abc
@@ -52,17 +53,19 @@ class TouchPoint:
     needs: tuple[str, ...] = ()
     # Touched when vLLM imports the module by itself: the import is slow, and only workers need it.
     on_import: bool = False
+    # Neither touched nor looked at on other platforms.
+    cpu_only: bool = False
 
 
 def register() -> None:
     """Hook GRIFFIN into vLLM. Never raises: a vLLM that does not use GRIFFIN must not notice."""
     import vllm
 
-    if vllm.__version__ not in SUPPORTED_VLLM:
+    if vllm.__version__ not in SUPPORTED_VLLM and not _is_too_old(vllm.__version__):
         _log_once(
             f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; trying all the same"
         )
-    for point in TOUCH_POINTS:
+    for point in _points():
         if point.on_import and point.module not in sys.modules:
             if not any(isinstance(finder, _OnImport) and finder.point is point for finder in sys.meta_path):
                 sys.meta_path.insert(0, _OnImport(point))
@@ -71,10 +74,24 @@ def register() -> None:
 
 
 def check_fits() -> None:
-    """Raise GriffinError if a touch point did not fit this vLLM."""
-    if _misfits:
-        import vllm
+    """Raise GriffinError if this vLLM is too old or something in it is not where, or not what, we know.
 
+    Asked when GRIFFIN is, before a process for a model starts. What only workers import is imported here too,
+    in a second or so: a worker that does not find it could only log that, and would then draft as EAGLE does.
+    """
+    import vllm
+
+    if _is_too_old(vllm.__version__):
+        _misfits["version"] = "it is too old"
+    for point in _points():
+        if point.on_import:
+            _touch(point)
+    for module, _, need in (entry.partition(":") for entry in (*OUR_IMPORTS, *RELIED_ON)):
+        try:
+            _expect(importlib.import_module(module), need)
+        except (ImportError, AttributeError, DoesNotFitError) as error:
+            _misfits[f"{module}:{need}"] = f"{module} ({error})"
+    if _misfits:
         raise GriffinError(
             f"griffin-vllm (for vLLM {SUPPORTED_VLLM}) does not fit vLLM {vllm.__version__}: "
             + "; ".join(_misfits.values())
@@ -82,6 +99,20 @@ def check_fits() -> None:
 
 
 _misfits: dict[str, str] = {}
+
+
+def _is_too_old(version: str) -> bool:
+    """Whether ``version`` is below the supported range; one that is not in it otherwise is newer."""
+    return any(
+        specifier.operator == ">=" and not specifier.contains(version, prereleases=True)
+        for specifier in SUPPORTED_VLLM
+    )
+
+
+def _points() -> list[TouchPoint]:
+    from vllm.platforms import current_platform
+
+    return [point for point in TOUCH_POINTS if current_platform.is_cpu() or not point.cpu_only]
 
 
 def _touch(point: TouchPoint) -> None:
@@ -135,10 +166,31 @@ def parse_need(need: str) -> tuple[str, list[str]]:
 
 def _expect(module: ModuleType, need: str) -> None:
     name, parameters = parse_need(need)
-    found = operator.attrgetter(name)(module)
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError:
+        owner, _, attribute = name.rpartition(".")
+        if not owner or parameters or not _sets_on_self(operator.attrgetter(owner)(module), attribute):
+            raise
+        return
     missing = set(parameters) - set(inspect.signature(found).parameters) if parameters else set()
     if missing:
         raise DoesNotFitError(f"{name} has no parameter {', '.join(sorted(missing))}")
+
+
+def _sets_on_self(owner: Any, attribute: str) -> bool:
+    """Whether a method of the class ``owner``, or of a base, sets ``attribute`` of some object."""
+    methods = (
+        method
+        for base in getattr(owner, "__mro__", ())
+        for method in vars(base).values()
+        if inspect.isfunction(method)
+    )
+    return any(
+        instruction.opname == "STORE_ATTR" and instruction.argval == attribute
+        for method in methods
+        for instruction in dis.get_instructions(inspect.unwrap(method))
+    )
 
 
 def _read_our_configs(algos: ModuleType) -> None:
@@ -362,6 +414,7 @@ TOUCH_POINTS = (
         "cpu_triton_utils._expand_kernel_impl",
         "random rejection sampling on CPU, see cpu_sampling.py",
         _mend_cpu_sampling,
+        cpu_only=True,
     ),
     TouchPoint(
         "vllm.v1.sample.ops.topk_topp_sampler",
@@ -370,6 +423,7 @@ TOUCH_POINTS = (
         _mend_cpu_top_k,
         ("apply_top_k_only(logits, k)",),
         on_import=True,
+        cpu_only=True,
     ),
     TouchPoint(
         "vllm.v1.worker.cpu_model_runner",
@@ -378,9 +432,15 @@ TOUCH_POINTS = (
         _mend_cpu_launchers,
         ("CPUModelRunner",),
         on_import=True,
+        cpu_only=True,
     ),
 )
 
+# Our modules that only workers import, with what vLLM or we ask them for: their imports from vLLM must work.
+OUR_IMPORTS = (
+    "griffin_vllm.serving.model:GriffinForCausalLM",
+    "griffin_vllm.serving.proposer:GriffinProposer",
+)
 # What else is relied on beyond imports, as module:need.
 RELIED_ON = (
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
@@ -395,7 +455,10 @@ RELIED_ON = (
     "vllm.model_executor.models.llama:LlamaAttention.qkv_proj",
     "vllm.model_executor.models.llama:LlamaAttention.rotary_emb",
     "vllm.model_executor.models.llama:LlamaAttention.attn",
-    # the V2 model runner, which loads the head by itself
+)
+# The same for the V2 model runner, which loads the head by itself. Only looked up in sources: the V2 runner has
+# not run here, and a name that it lacks ends in an error of its own.
+RELIED_ON_BY_V2 = (
     "vllm.v1.worker.gpu.spec_decode.eagle.utils:load_eagle_model(target_model, vllm_config)",
     "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator",
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 from vllm.config import SpeculativeConfig
 from vllm.platforms import current_platform
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
@@ -144,6 +145,8 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
             near = difflib.get_close_matches(key, defaults, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise GriffinError(f"speculative_config: {key} is not a key of this vLLM{hint}")
+        if key == "num_speculative_tokens_per_batch_size" and value is not None:
+            _check_schedule(key, value)
         if key in _PASSED_ON or key in ("num_speculative_tokens", "revision") or value == defaults[key]:
             continue
         if key == "draft_tensor_parallel_size":
@@ -165,6 +168,18 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
             f"speculative_config: {key} does not go with method {METHOD!r}: "
             f"{reason or 'griffin-vllm does not know this key'}"
         )
+
+
+def _check_schedule(key: str, schedule: Any) -> None:
+    expected = "a list of [smallest batch, largest batch, draft tokens]"
+    entries = schedule if isinstance(schedule, list | tuple) else [None]
+    if any(not isinstance(entry, list | tuple) or [*map(type, entry)] != [int] * 3 for entry in entries):
+        raise GriffinError.at("speculative_config", key, schedule, expected)
+    try:
+        validate_and_normalize_dynamic_sd_schedule(list(schedule))
+    except ValueError as error:
+        reason = GriffinError.reason(error)
+        raise GriffinError.at("speculative_config", key, schedule, f"{expected}: {reason}") from error
 
 
 def _check_rejection_method(given: Mapping[str, Any]) -> None:

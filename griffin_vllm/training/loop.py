@@ -100,6 +100,11 @@ class Trainer:
         self.device = self.accelerator.device
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
+        self.plan = plan_steps(self.train_data, config)
+        if not len(self.validation_data):
+            raise GriffinError(
+                f"{config.data}: has no sample to validate on; prepare it with a larger --validation"
+            )
         self.hf_config = target_config(config.target)
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
@@ -113,7 +118,6 @@ class Trainer:
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         if self.vocabulary is not None:
             self.shared = self.vocabulary.restrict_weights(self.shared)
-        self.plan = plan_steps(self.train_data, config)
         self.head = self._new_head()
         self.answers = self._greedy_answers()
 
@@ -430,6 +434,7 @@ def head_config(
     provenance = {
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),
+        "target_model_type": target.model_type,
         "num_speculative_tokens": config.num_speculative_tokens,
         "trained_context_length": trained_context_length,
     }

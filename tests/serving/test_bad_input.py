@@ -43,6 +43,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(target / "model.safetensors", folder / "target.safetensors")
     (target / "model.safetensors").unlink()
     tiny.write_head(folder / "head")
+    three = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    tiny.write_head(folder / "three", tiny.CONFIG.model_copy(update=three))
     return folder
 
 
@@ -52,10 +54,17 @@ def vllm() -> Iterator[VllmCommand]:
         yield command
 
 
-def refusal(vllm: VllmCommand, models: Path, *flags: str, status: int = 1) -> str:
+def refusal(
+    vllm: VllmCommand,
+    models: Path,
+    *flags: str,
+    status: int = 1,
+    before: str = "",
+    target: Path | None = None,
+) -> str:
     """The one line with which ``vllm serve`` refuses, soon and before a process for a model is started."""
     start = time.monotonic()
-    run = vllm.run("serve", str(models / "target"), "--max-model-len", "256", *flags)
+    run = vllm.run("serve", str(target or models / "target"), "--max-model-len", "256", *flags, before=before)
     assert run.status == status, run.output
     assert time.monotonic() - start < SECONDS
     assert "EngineCore" not in run.output
@@ -157,6 +166,20 @@ HEADS: dict[str, tuple[Callable[[Path], object], str]] = {
     "scaled rotary": (
         lambda h: edit_config(h, rope_parameters={"rope_type": "linear", "factor": 2.0}),
         "rope_scaling is 'linear', expected null",
+    ),
+    "another width than the target's": (
+        lambda h: tiny.write_head(h, tiny.CONFIG.model_copy(update={"hidden_size": 128})),
+        r"config\.json: hidden_size is 128, expected 64 \(the target's\)",
+    ),
+    "another vocabulary than the target's": (
+        lambda h: tiny.write_head(
+            h, tiny.CONFIG.model_copy(update={"vocab_size": 97, "draft_vocab_size": 97})
+        ),
+        r"config\.json: vocab_size is 97, expected 96 \(the target's\)",
+    ),
+    "another target family of the same sizes": (
+        lambda h: edit_config(h, target_model_type="qwen2"),
+        r"config\.json: target_model_type is 'qwen2', expected 'llama' \(the target's model_type\)",
     ),
     "draft vocabulary too large": (
         lambda h: edit_config(h, draft_vocab_size=97),
@@ -311,6 +334,13 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         ["--speculative-config", '{{"model": "griffin:{models}/head", "num_speculative_tokens": NaN}}'],
         "num_speculative_tokens is nan, expected a whole number from 1 to 128",
     ),
+    "a schedule that begins at two requests": (
+        [
+            "--speculative-model=griffin:{models}/head",
+            "--speculative-config.num_speculative_tokens_per_batch_size=[[2,4,1]]",
+        ],
+        r"num_speculative_tokens_per_batch_size is \[\[2, 4, 1\]\], expected .*: The first .* must start at 1",
+    ),
     "a head by two ways": (
         ["--speculative-model", "griffin:{models}/head", "--speculative-config", '{{"model": "other"}}'],
         r"--speculative-model \(or --spec-model\) is 'griffin:.*' and .* model is 'other': give one of them",
@@ -343,6 +373,10 @@ REQUESTS: dict[str, tuple[list[str], str]] = {
         ["--speculative-model=griffin:{models}/head", "--pipeline-parallel-size=2"],
         "pipeline_parallel_size is 2, expected 1",
     ),
+    "ranks that the head's sizes cannot be split among": (
+        ["--speculative-model", "griffin:{models}/three", "--tensor-parallel-size", "2"],
+        "num_attention_heads is 3, expected a number that tensor_parallel_size=2 divides",
+    ),
     "a pooling model": (
         ["--speculative-model", "griffin:{models}/head", "--runner", "pooling"],
         "runner is 'pooling', expected 'generate'",
@@ -363,15 +397,28 @@ def test_a_number_of_draft_tokens_that_is_no_number_is_a_usage_error(vllm: VllmC
     assert line.endswith("argument --num-speculative-tokens: invalid int value: 'nan'")
 
 
-def test_heads_of_other_sizes_are_refused(models: Path, tmp_path: Path) -> None:
-    wide = tiny.CONFIG.model_copy(update={"hidden_size": 128})
-    tiny.write_head(tmp_path / "wide", wide)
-    with pytest.raises(GriffinError, match=r"hidden_size is 128, expected 64 \(the target's\)"):
-        configure(models, spec_model=f"griffin:{tmp_path / 'wide'}")
-    wordy = tiny.CONFIG.model_copy(update={"vocab_size": 97, "draft_vocab_size": 97})
-    tiny.write_head(tmp_path / "wordy", wordy)
-    with pytest.raises(GriffinError, match=r"vocab_size is 97, expected 96 \(the target's\)"):
-        configure(models, spec_model=f"griffin:{tmp_path / 'wordy'}")
+RENAMED = """
+import dataclasses
+from griffin_vllm.serving import hooks
+hooks.TOUCH_POINTS = tuple(
+    dataclasses.replace(point, module=point.module.replace("spec_decode.eagle", "spec_decode.gone"))
+    for point in hooks.TOUCH_POINTS
+)
+"""
+VLLMS: dict[str, tuple[str, str]] = {
+    "too old": ("import vllm; vllm.__version__ = '0.27.1'", r"does not fit vLLM 0\.27\.1: it is too old"),
+    "without a module that only workers import": (
+        RENAMED,
+        r"does not fit vLLM .*: vllm\.v1\.spec_decode\.gone\.EagleProposer.* \(No module named",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VLLMS)
+def test_vllms_that_do_not_fit_are_refused(vllm: VllmCommand, models: Path, name: str) -> None:
+    change, message = VLLMS[name]
+    line = refusal(vllm, models, "--speculative-model", f"griffin:{models / 'head'}", before=change)
+    assert re.match(f"griffin_vllm.errors.GriffinError: griffin-vllm .for vLLM .*{message}", line), line
 
 
 def test_code_beside_a_head_does_not_run(models: Path, head: Path, tmp_path: Path) -> None:
@@ -431,6 +478,17 @@ def test_numbers_of_draft_tokens_that_cannot_be(models: Path, k: Any) -> None:
         configure(models, speculative_config=speculation)
 
 
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+
+
+@pytest.mark.parametrize(
+    "schedule", [[], 3, [3], [[1, 2]], [[1, 4, 2.5]], [[1, 4, 3], [3, 8, 1]], [[1, 4, -1]]]
+)
+def test_schedules_that_cannot_be(models: Path, schedule: Any) -> None:
+    with pytest.raises(GriffinError, match=f"{SCHEDULE} is {re.escape(repr(schedule))}, expected a list of"):
+        configure(models, spec_model=f"griffin:{models / 'head'}", speculative_config={SCHEDULE: schedule})
+
+
 KEYS: dict[str, tuple[Any, str]] = {
     "rejection_sample_method": ("block", "'block', expected 'standard'"),
     "synthetic_acceptance_length": (2.0, "expected 'standard'"),
@@ -450,10 +508,11 @@ KEYS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_speculative_keys_that_would_be_ignored_or_crash(models: Path, key: str) -> None:
+def test_speculative_keys_that_would_be_ignored_or_crash(vllm: VllmCommand, models: Path, key: str) -> None:
     value, message = KEYS[key]
-    with pytest.raises(GriffinError, match=message):
-        configure(models, spec_model=f"griffin:{models / 'head'}", speculative_config={key: value})
+    asked = json.dumps({"model": f"griffin:{models / 'head'}", key: value})
+    line = refusal(vllm, models, "--speculative-config", asked)
+    assert re.match(f"griffin_vllm.errors.GriffinError: .*{message}", line), line
 
 
 def test_contradicting_ways_are_refused(models: Path) -> None:
@@ -474,31 +533,18 @@ def test_contradicting_ways_are_refused(models: Path) -> None:
         configure(models, speculative_config={"method": "griffin"})
 
 
-def test_deployments_that_are_not_supported(models: Path, tmp_path: Path) -> None:
-    with pytest.raises(GriffinError, match="pipeline_parallel_size is 2, expected 1"):
-        configure(
-            models,
-            spec_model=f"griffin:{models / 'head'}",
-            pipeline_parallel_size=2,
-            distributed_executor_backend="mp",
-        )
-    odd = tiny.CONFIG.model_copy(update={"num_attention_heads": 3, "num_key_value_heads": 3})
-    tiny.write_head(tmp_path / "odd", odd)
-    with pytest.raises(
-        GriffinError, match="num_attention_heads is 3, expected a number that tensor_parallel_size=2"
-    ):
-        configure(models, spec_model=f"griffin:{tmp_path / 'odd'}", tensor_parallel_size=2)
-
-
-def test_a_target_of_another_family_is_refused(models: Path, tmp_path: Path) -> None:
+def test_a_target_of_another_family_is_refused(vllm: VllmCommand, models: Path, tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     config = GPT2Config(vocab_size=tiny.CONFIG.vocab_size, n_embd=D, n_layer=1, n_head=2)
     config.architectures = ["GPT2LMHeadModel"]
     config.save_pretrained(tmp_path)
     tiny.write_tokenizer(tmp_path)
-    with pytest.raises(GriffinError, match="target: model_type is 'gpt2', expected a text model of one of"):
-        configure(models, model=str(tmp_path), spec_model=f"griffin:{models / 'head'}")
+    line = refusal(vllm, models, "--speculative-model", f"griffin:{models / 'head'}", target=tmp_path)
+    expected = (
+        "griffin_vllm.errors.GriffinError: target: model_type is 'gpt2', expected a text model of one of"
+    )
+    assert line.startswith(expected), line
 
 
 def test_a_head_that_names_no_target_cannot_be_served_alone(models: Path) -> None:
@@ -521,7 +567,7 @@ JSON_VALUES = st.recursive(
 @settings(max_examples=300, deadline=2000, derandomize=True)
 @given(
     speculation=st.dictionaries(
-        st.sampled_from(["method", "model", "num_speculative_tokens", "revision", *KEYS]),
+        st.sampled_from(["method", "model", "num_speculative_tokens", "revision", SCHEDULE, *KEYS]),
         JSON_VALUES | st.sampled_from(["griffin", "griffin:", "griffin:x/y", "eagle"]),
     ),
     spec_model=st.none() | st.text().map(lambda name: f"griffin:/{name}"),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -88,6 +89,71 @@ def test_a_vllm_without_that_kernel_is_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(cpu_triton_utils, "_expand_kernel_impl")
     cpu_sampling.mend()
     assert not hasattr(cpu_triton_utils, "_expand_kernel_impl")
+
+
+def top_k_only(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Like vLLM 0.32's, whose ``k.max()`` fails where there is no row."""
+    keep = logits.topk(int(k.max()), dim=-1).indices
+    return torch.full_like(logits, -torch.inf).scatter(1, keep, logits.gather(1, keep))
+
+
+def test_mended_top_k_takes_no_rows_and_is_vllms_own_otherwise() -> None:
+    module = SimpleNamespace(apply_top_k_only=top_k_only)
+    cpu_sampling.mend_top_k(module)
+    mended = module.apply_top_k_only
+    assert mended.mends is top_k_only
+    assert mended(torch.empty(0, 3), torch.empty(0, dtype=torch.int32)).shape == (0, 3)
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert mended(logits, torch.tensor([2])).tolist() == [[-torch.inf, 3.0, 2.0]]
+    cpu_sampling.mend_top_k(module)
+    assert module.apply_top_k_only is mended
+
+
+def test_a_top_k_that_takes_no_rows_stays_in_use() -> None:
+    def sound(logits: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    module = SimpleNamespace(apply_top_k_only=sound)
+    cpu_sampling.mend_top_k(module)
+    assert module.apply_top_k_only is sound
+
+
+class FuncWrapper:
+    """vLLM's stand-in for a Triton kernel on CPU."""
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        self.func = func
+
+
+def test_mended_launchers_hand_named_arguments_to_the_cpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def a_kernel(output: int, values: int, BLOCK: int) -> None:
+        raise AssertionError("the Triton kernel")
+
+    def postprocess(self: Any) -> None:
+        cpu_kernel = FuncWrapper(lambda *arguments: calls.append(arguments))
+        monkeypatch.setattr(rejection_sampler, "a_kernel", cpu_kernel, raising=False)
+
+    launcher, unrelated = SimpleNamespace(kernel=a_kernel), SimpleNamespace(kernel=len)
+    monkeypatch.setattr(rejection_sampler, "a_launcher", launcher, raising=False)
+    monkeypatch.setattr(rejection_sampler, "another_launcher", unrelated, raising=False)
+    runner = type("CPUModelRunner", (), {"_postprocess_triton": postprocess})
+    module = SimpleNamespace(CPUModelRunner=runner, cpu_tl=SimpleNamespace(_FuncWrapper=FuncWrapper))
+    cpu_sampling.mend_launchers(module)
+    mended = vars(runner)["_postprocess_triton"]
+    cpu_sampling.mend_launchers(module)
+    assert vars(runner)["_postprocess_triton"] is mended
+    runner()._postprocess_triton()
+    launcher.kernel[(1,)](BLOCK=3, values=2, output=1)
+    assert calls == [(1, 2, 3)]
+    assert unrelated.kernel is len
+
+
+def test_a_runner_that_replaces_no_kernels_is_left_alone() -> None:
+    runner = type("CPUModelRunner", (), {})
+    cpu_sampling.mend_launchers(SimpleNamespace(CPUModelRunner=runner))
+    assert not hasattr(runner, "_postprocess_triton")
 
 
 @pytest.fixture(scope="module")

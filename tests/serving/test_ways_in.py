@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,64 @@ def test_a_vllm_that_lacks_what_a_touch_point_needs_is_not_touched_there(
     assert not touched
     with pytest.raises(GriffinError, match=rf"vllm\.engine\.arg_utils\.EngineArgs\.x \(.*{message}\)"):
         hooks.check_fits()
+
+
+@pytest.mark.parametrize(
+    ("changes", "relied_on", "message"),
+    [
+        ({"module": "vllm.v1.spec_decode.gone"}, (), r"No module named 'vllm\.v1\.spec_decode\.gone'"),
+        ({"needs": ("EagleProposer.propose(spoon)",)}, (), "EagleProposer.propose has no parameter spoon"),
+        ({}, ("vllm.v1.spec_decode.eagle:EagleProposer.gone",), "has no attribute 'gone'"),
+        ({}, ("vllm.gone:Thing",), r"vllm\.gone \(No module named"),
+        ({}, ("griffin_vllm.config:gone",), r"griffin_vllm\.config \(.*no attribute 'gone'"),
+    ],
+)
+def test_misfit_of_a_worker_module_is_refused(
+    target: Path,
+    head: Path,
+    changes: dict[str, Any],
+    relied_on: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points = [
+        dataclasses.replace(point, **changes if point.module == "vllm.v1.spec_decode.eagle" else {})
+        for point in hooks.TOUCH_POINTS
+    ]
+    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(hooks, "TOUCH_POINTS", tuple(points))
+    monkeypatch.setattr(hooks, "RELIED_ON", (*hooks.RELIED_ON, *relied_on))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    hooks.register()
+    EngineArgs(model=str(target)).create_engine_config()
+    with pytest.raises(GriffinError, match=rf"does not fit vLLM .*: [^;]*{message}[^;]*$"):
+        configured(model=str(target), spec_model=f"griffin:{head}")
+
+
+def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
+    class Base:
+        def __init__(self) -> None:
+            self.there = 1
+
+    module = types.ModuleType("module")
+    module.Thing = type("Thing", (Base,), {})  # type: ignore[attr-defined]
+    hooks._expect(module, "Thing.there")
+    with pytest.raises(AttributeError, match="has no attribute 'gone'"):
+        hooks._expect(module, "Thing.gone")
+
+
+@pytest.mark.parametrize("version", ["0.27.9", "0.28.0rc1"])
+def test_a_vllm_that_is_too_old_is_refused_only_when_griffin_is_asked_for(
+    target: Path, head: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setattr(hooks, "_misfits", {})
+    hooks.register()
+    EngineArgs(model=str(target)).create_engine_config()
+    with pytest.raises(
+        GriffinError, match=rf"\(for vLLM .*0\.28.*\) does not fit vLLM {version}: it is too old$"
+    ):
+        configured(model=str(target), spec_model=f"griffin:{head}")
 
 
 def _environment(**more: str) -> dict[str, str]:

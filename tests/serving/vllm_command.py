@@ -29,11 +29,14 @@ class VllmCommand:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def run(self, *arguments: str) -> Finished:
-        """``vllm ARGUMENTS``; a run that takes longer than ``TIMEOUT`` seconds ends with status -14."""
+    def run(self, *arguments: str, before: str = "") -> Finished:
+        """``vllm ARGUMENTS`` after the Python code ``before``.
+
+        A run that takes longer than ``TIMEOUT`` seconds ends with status -14.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(arguments) + "\n")
+        self._process.stdin.write(json.dumps({"arguments": arguments, "before": before}) + "\n")
         self._process.stdin.flush()
         return Finished(**json.loads(self._process.stdout.readline()))
 
@@ -69,15 +72,17 @@ def _serve_commands() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
+        asked = json.loads(line)
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 signal.alarm(TIMEOUT)
-                sys.argv = ["vllm", *json.loads(line)]
+                sys.argv = ["vllm", *asked["arguments"]]
                 status = 1
                 try:
+                    exec(asked["before"])
                     vllm.entrypoints.cli.main.main()
                     status = 0
                 except SystemExit as end:

@@ -171,6 +171,20 @@ def damage_json(path: str, **fields: Any) -> None:
     write(path, json.dumps(json.loads(Path(path).read_text()) | fields))
 
 
+def empty_split(split: str, **changes: Any) -> None:
+    configure(**changes)
+    for name, kept in {"tokens": 0, "mask": 0, "offsets": 1, "loops": 0}.items():
+        path = Path(f"data/{split}.{name}.npy")
+        np.save(path, np.load(path)[:kept])
+    splits = json.loads(Path("data/manifest.json").read_text())["splits"]
+    damage_json("data/manifest.json", splits=splits | {split: dict.fromkeys(splits[split], 0)})
+
+
+def all_loop(**changes: Any) -> None:
+    configure(**changes)
+    np.lib.format.open_memmap("data/train.loops.npy", "r+").fill(True)
+
+
 def other_tokenizer() -> None:
     from transformers import AutoTokenizer
 
@@ -255,6 +269,18 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "data of objects": (
         lambda: np.save("data/train.tokens.npy", np.array([None] * 5)),
         r"data/train\.tokens\.npy: cannot be read \(Array can't be memory-mapped: Python objects",
+    ),
+    "no sample to train on": (
+        lambda: empty_split("train"),
+        r"data: has no sample to train on \(loops: keep\)",
+    ),
+    "no sample to validate on": (
+        lambda: empty_split("validation", features="features"),
+        "data: has no sample to validate on; prepare it with a larger --validation",
+    ),
+    "no sample but looping ones, which are dropped": (
+        lambda: all_loop(loops="drop"),
+        r"data: has no sample to train on \(loops: drop\)",
     ),
     "token ids beyond the vocabulary": (
         lambda: np.lib.format.open_memmap("data/train.tokens.npy", "r+").fill(65535),
