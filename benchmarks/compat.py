@@ -124,16 +124,8 @@ def keep(kind: str, version: str, row: dict[str, Any]) -> None:
 def build_wheel(folder: Path) -> Path:
     """The wheel of griffin-vllm, built below ``folder`` from a copy: a build leaves files beside its source."""
     source = copy(PACKAGE, folder / "source")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        f"--wheel-dir={folder}",
-        str(source),
-    ]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    command = [*pip, f"--wheel-dir={folder}", str(source)]
     subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH})
     [wheel] = folder.glob("*.whl")
     return wheel
