@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import ratio_interval
+from benchmarks.methods import method_name
 from benchmarks.round import table as phases
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
@@ -108,12 +109,6 @@ class Source(NamedTuple):
         return str(self.settings["benchmark"])
 
 
-def method_name(row: dict[str, Any]) -> str:
-    head = f" ({row['head'].rstrip('/').rsplit('/', 1)[-1]})" if row.get("head") else ""
-    sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
-    return row["method"] + head + sampler
-
-
 def drafts(row: dict[str, Any]) -> str:
     if "schedule" in row:
         return "tuned"
@@ -150,6 +145,11 @@ def conditions(settings: dict[str, Any]) -> str:
         f"target {settings['target']}",
         *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
         f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
+        f"{engine['threads']} threads" if "threads" in engine else "",
+        *(
+            f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
+            for label, found in settings.get("engine_differences", {}).items()
+        ),
         f"at most {settings['max_tokens']} tokens an answer",
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",

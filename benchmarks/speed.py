@@ -7,12 +7,15 @@ methods. Warm-up requests are not measured. Units: ``time_per_output_token_ms`` 
 cover a request's decoding phase (first token to last), pooled; ``time_to_first_token_ms`` is the median;
 ``tokens_per_second`` is the throughput, prefills included.
 
+``time_per_output_token_ms_percentiles`` are those of single requests.
+
 ``speedup`` is the ratio of decoding speeds to the first ``none``. ``speedup_ci`` is its 95 % interval from a
 paired bootstrap over conversations: all turns of one are drawn together, and the same ones for both methods.
 Repeats are too few to be drawn from, so each draw is multiplied by a factor with the spread that the ratio
 had between repeats (Student's t of repeats - 1 degrees of freedom, on the logarithm). With one repeat that
 spread is unknown and left out; two say so little about it that the interval is very wide. A second ``none``
-among the methods shows what the machine's noise alone does.
+among the methods shows what the machine's noise alone does. ``samples`` holds what these two are computed from:
+tokens and seconds of the decoding phases, a line for each of ``repeats`` and a number for each of ``conversations``.
 
 ``host_overhead_share`` (a setting) of a plain step is the part in which no model runs (scheduling, input preparation,
 sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 16
 OVERHEAD_CONVERSATIONS = 3
+PERCENTILES = (10, 50, 90)
 COLUMNS = (
     "dataset",
     "method",
@@ -79,10 +83,16 @@ class Cell(NamedTuple):
 
 @dataclass
 class Sample:
-    """One repeat of a cell; the arrays (conversations,) hold the decoding phases, turns added up."""
+    """One repeat of a cell.
 
-    tokens: np.ndarray
-    seconds: np.ndarray
+    Attributes:
+        tokens, seconds: of each conversation's decoding phases, turns added up.
+        request_ms: milliseconds a token of each request's decoding phase.
+    """
+
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    request_ms: list[float]
     first_token_seconds: list[float]
     passes: int
     output_tokens: int
@@ -90,14 +100,15 @@ class Sample:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], wall_seconds: float) -> Sample:
-        number = {name: i for i, name in enumerate(dict.fromkeys(one.conversation for one in answers))}
-        tokens, seconds = np.zeros(len(number)), np.zeros(len(number))
+        tokens: dict[str, int] = {}
+        seconds: dict[str, float] = {}
         for one in answers:
-            tokens[number[one.conversation]] += one.decode_tokens
-            seconds[number[one.conversation]] += one.decode_seconds
+            tokens[one.conversation] = tokens.get(one.conversation, 0) + one.decode_tokens
+            seconds[one.conversation] = seconds.get(one.conversation, 0.0) + one.decode_seconds
         return cls(
             tokens,
             seconds,
+            [1000 * one.decode_seconds / one.decode_tokens for one in answers if one.decode_tokens],
             [one.times[0] for one in answers],
             sum(len(one.passes) for one in answers),
             sum(len(one.tokens) for one in answers),
@@ -105,11 +116,30 @@ class Sample:
         )
 
 
+def columns(by_repeat: dict[int, Sample]) -> dict[str, Any]:
+    """A row's ``samples``; every repeat holds the same conversations."""
+    repeats = sorted(by_repeat)
+    names = list(by_repeat[repeats[0]].tokens)
+    return {
+        "conversations": names,
+        "repeats": repeats,
+        "tokens": [[by_repeat[repeat].tokens[name] for name in names] for repeat in repeats],
+        "seconds": [[round(by_repeat[repeat].seconds[name], 4) for name in names] for repeat in repeats],
+    }
+
+
 def speedup(
-    samples: Sequence[Sample], plain: Sequence[Sample], draws: int = DRAWS
-) -> tuple[float, tuple[float, float]]:
-    """Ratio of pooled decoding speeds and its 95 % interval; both arguments list the same repeats."""
-    sides = [[[one.tokens for one in side], [one.seconds for one in side]] for side in (samples, plain)]
+    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS
+) -> tuple[float, tuple[float, float]] | None:
+    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations;
+    None without a repeat that both have."""
+    both = sorted(set(samples["repeats"]) & set(plain["repeats"]))
+    if not both:
+        return None
+    sides = [
+        [[side[field][side["repeats"].index(repeat)] for repeat in both] for field in ("tokens", "seconds")]
+        for side in (samples, plain)
+    ]
     return paired_ratio(np.array(sides), draws)
 
 
@@ -226,12 +256,15 @@ def _rows(
     best: dict[Method, int],
     samples: dict[Cell, dict[int, Sample]],
 ) -> list[dict[str, Any]]:
-    baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), None)
-    rows = []
-    for cell, by_repeat in sorted(samples.items()):
+    # -1, an engine that no row is of, without plain decoding
+    baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), -1)
+    rows: dict[Cell, dict[str, Any]] = {}
+    # engine by engine, and the first one is compared with
+    for cell, by_repeat in sorted(samples.items(), key=lambda item: (item[0].engine != baseline, item[0])):
         run, found = planned[cell.engine], list(by_repeat.values())
-        tokens = sum(float(one.tokens.sum()) for one in found)
-        seconds = sum(float(one.seconds.sum()) for one in found)
+        tokens = sum(sum(one.tokens.values()) for one in found)
+        seconds = sum(sum(one.seconds.values()) for one in found)
+        percentiles = np.percentile([ms for one in found for ms in one.request_ms], PERCENTILES)
         row = {
             **run.fields(),
             "dataset": cell.dataset,
@@ -244,20 +277,23 @@ def _rows(
             / sum(one.wall_seconds for one in found),
             "decode_tokens_per_second": tokens / seconds,
             "time_per_output_token_ms": 1000 * seconds / tokens,
+            "time_per_output_token_ms_percentiles": {
+                f"p{percent}": round(float(ms), 3)
+                for percent, ms in zip(PERCENTILES, percentiles, strict=True)
+            },
             "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
+            "samples": columns(by_repeat),
         }
         if best.get(named(run.method)) == run.num_speculative_tokens and not run.tuning:
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0
-        elif baseline is not None:
-            plain = samples.get(cell._replace(engine=baseline), {})
-            both = sorted(set(by_repeat) & set(plain))
-            if both:
-                row["speedup"], interval = speedup([by_repeat[r] for r in both], [plain[r] for r in both])
-                row["speedup_ci"] = list(interval)
-        rows.append(row)
-    return rows
+        elif (plain := rows.get(cell._replace(engine=baseline))) and (
+            compared := speedup(row["samples"], plain["samples"])
+        ):
+            row["speedup"], row["speedup_ci"] = compared[0], list(compared[1])
+        rows[cell] = row
+    return [rows[cell] for cell in sorted(rows)]
 
 
 def _measure_served(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import records, report
 from griffin_vllm.errors import GriffinError
 
 SETTINGS = {
@@ -21,7 +21,8 @@ SETTINGS = {
     "versions": {"vllm": "0.32.0"},
     "environment": {"LD_PRELOAD": "libiomp5.so"},
     "prompts": {"data": {"conversations": 20, "sha256": "0"}},
-    "engine": {"dtype": "bfloat16", "compilation": "VLLM_COMPILE"},
+    "engine": {"dtype": "bfloat16", "compilation": "VLLM_COMPILE", "threads": 1},
+    "engine_differences": {"griffin:small K=5": {"block_size": 16}},
 }
 
 
@@ -59,9 +60,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [str(folder / "speed.json"), str(folder / "acceptance.json")]
+    sources = [str(folder / "speed.json"), str(folder / "acceptance.json")]
     more = ["--readme", str(folder / "README.md"), "--training", str(folder / "run")]
-    assert report.main([*records, "--out", str(folder / "out"), *more]) == 0
+    assert report.main([*sources, "--out", str(folder / "out"), *more]) == 0
     printed = capsys.readouterr().out
     assert "| data (20) | griffin (small) | 5 | 0 | 8 |" in printed
     assert "1.61 [1.50, 1.72]" in printed
@@ -70,6 +71,7 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "| 2.35 |" in printed or "| 2.34 |" in printed
     for condition in ("2026-01-02", "A <fast> CPU", "vllm 0.32.0", "bfloat16", "libiomp5.so", "3 repeats"):
         assert condition in printed
+    assert "; 1 threads; engine of griffin:small K=5 differs: block_size 16;" in printed
 
     readme = (folder / "README.md").read_text()
     assert readme.startswith("before\n")
@@ -117,6 +119,13 @@ def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
         ["griffin probabilistic", "eagle probabilistic"],
         ["griffin probabilistic", "ngram"],
     ]
+
+
+def test_lists_of_numbers_take_one_line_and_strings_stay_as_they_are() -> None:
+    whole = {"a": [1, 2], "b": [[0.5], []], "c": ["x,y", "[\n,  1]"], "d": [{"e": None}]}
+    text = records.indented(whole)
+    assert json.loads(text) == whole
+    assert ' "a": [1, 2],\n' in text
 
 
 def test_the_same_records_give_the_same_files(folder: Path) -> None:
