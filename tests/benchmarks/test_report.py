@@ -40,7 +40,13 @@ def folder(tmp_path: Path) -> Path:
         row("griffin", 1, **fast),
         row("griffin", 8, **fast | {"speedup": 0.9}),
     ]
-    tau = {"acceptance_length": 2.345, "position_acceptance": [0.8, 0.545]}
+    tau = {
+        "acceptance_length": 2.345,
+        "position_acceptance": [0.8, 0.545],
+        "acceptance_length_by_turn": {"1": 2.25, "2": 2.5},
+        "acceptance_length_by_context": {"1024": 2.75, "128": 2.0, "1048576": 1.0},
+        "acceptance_length_by_repetition": {"loops": None, "varied": 2.125},
+    }
     acceptance = [
         row("griffin", 8, **tau, conversations={"a": [30, 10], "b": [60, 20]}),
         row("eagle", 8, **tau, conversations={"a": [20, 10], "b": [40, 20]}),
@@ -68,6 +74,9 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "1.61 [1.50, 1.72]" in printed
     for dataset in ("data", "all"):
         assert f"| {dataset} | griffin (small) | eagle (small) | 5 | 0 | 1.500 [1.500, 1.500] |" in printed
+    groups = "turn 1 | turn 2 | context < 128 | context < 1024 | longer context | loops | varied"
+    assert f"| data set | method | K | T | {groups} |" in printed
+    assert "| data (20) | griffin (small) | 5 | 0 | 2.25 | 2.50 | 2.00 | 2.75 | 1.00 |  | 2.12 |" in printed
     assert "| 2.35 |" in printed or "| 2.34 |" in printed
     for condition in ("2026-01-02", "A <fast> CPU", "vllm 0.32.0", "bfloat16", "libiomp5.so", "3 repeats"):
         assert condition in printed
@@ -87,6 +96,7 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
 
     page = (folder / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
+    assert "<th>context &lt; 128</th>" in page
     assert "A &lt;fast&gt; CPU" in page
     assert "<script" not in page
 
