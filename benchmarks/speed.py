@@ -21,7 +21,7 @@ tokens and seconds of the decoding phases, a line for each of ``repeats`` and a 
 sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
 
 With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client asks the first turns
-(``vllm bench serve``); its numbers come without an interval.
+(``vllm bench serve``), in repeats as above; its numbers are medians over these and come without an interval.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean, median, median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -158,37 +158,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
-    best = best_ks(args.best_k_from) if args.best_k_from else {}
+    best = {}
+    if args.best_k_from:
+        check_tuning_record(args.best_k_from, record.settings)
+        best = best_ks(args.best_k_from)
     planned = _plan(methods, args.num_speculative_tokens, best)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)
     if args.served:
-        record.settings["client"] = "vllm bench serve"
-        for run in planned:
-            with record.attempt(run), served.server(run, arguments | {"enable_prefix_caching": False}) as one:
-                record.results += _measure_served(one.url, run, sets, args)
-        _add_served_speedups(record.results)
-        return record.finish(COLUMNS)
+        return _main_served(args, sets, record, planned, arguments | {"enable_prefix_caching": False})
 
     samples: dict[Cell, dict[int, Sample]] = {}
-    for repeat in range(args.repeats):
-        for place in range(len(planned)):
-            engine = (place + repeat) % len(planned)
-            run = planned[engine]
-            with record.attempt(run), engines.start(run, **arguments) as llm:
-                record.note_engine(run, engines.resolved_settings(llm))
-                for prompts in sets:
-                    conversations = engines.fitting(
-                        llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
-                    )
-                    for temperature, concurrency, sample in _measure(llm, run, conversations, args):
-                        cell = Cell(engine, prompts.name, temperature, concurrency)
-                        samples.setdefault(cell, {})[repeat] = sample
-                record.results = _rows(planned, best, samples)
-                if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
-                    share = host_overhead_share(llm, conversations, args.max_tokens)
-                    record.settings["host_overhead_share"] = share
+    for repeat, engine in _in_turn(args.repeats, len(planned)):
+        run = planned[engine]
+        with record.attempt(run), engines.start(run, **arguments) as llm:
+            record.note_engine(run, engines.resolved_settings(llm))
+            for prompts in sets:
+                conversations = engines.fitting(
+                    llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
+                )
+                for temperature, concurrency, sample in _measure(llm, run, conversations, args):
+                    cell = Cell(engine, prompts.name, temperature, concurrency)
+                    samples.setdefault(cell, {})[repeat] = sample
+            record.results = _rows(planned, best, samples)
+            if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
+                share = host_overhead_share(llm, conversations, args.max_tokens)
+                record.settings["host_overhead_share"] = share
     return record.finish(COLUMNS)
+
+
+def _in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
+    """Repeat and number of the engine, in an order that rotates."""
+    for repeat, place in product(range(repeats), range(planned)):
+        yield repeat, (place + repeat) % planned
+
+
+def check_tuning_record(tuning: Path, settings: dict[str, Any]) -> None:
+    """Check that what was fastest in a tuning record says something about the record with ``settings``.
+
+    Raises:
+        GriffinError: it was made on another machine or vLLM, or on prompts that are measured now.
+    """
+    theirs = read_json(tuning).get("settings", {})
+    for group, name in (("machine", "cpu"), ("machine", "cores"), ("versions", "vllm")):
+        found, expected = theirs.get(group, {}).get(name), settings[group].get(name)
+        if found != expected:
+            raise GriffinError.at(tuning, f"settings.{group}.{name}", found, f"{expected!r}, as here")
+    if "first_turns" not in theirs:
+        raise GriffinError.at(tuning, "settings.first_turns", None, "hashes of its prompts; measure it anew")
+    tuned_on = set(chain.from_iterable(theirs["first_turns"].values()))
+    for dataset, turns in settings["first_turns"].items():
+        if shared := tuned_on & set(turns):
+            raise GriffinError(
+                f"{tuning}: holds {len(shared)} of the {len(turns)} prompts of {dataset}; "
+                "the best K must come from others"
+            )
 
 
 def best_ks(tuning: Path) -> dict[Method, int]:
@@ -296,13 +320,53 @@ def _rows(
     return [rows[cell] for cell in sorted(rows)]
 
 
-def _measure_served(
-    url: str, run: Run, sets: Sequence[PromptSet], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
-        load = {"temperature": temperature, "concurrency": concurrency}
-        measured = served.bench(url, args.target, prompts.conversations, max_tokens=args.max_tokens, **load)
-        yield {**run.fields(), "dataset": prompts.name, **load, **measured}
+def _main_served(
+    args: argparse.Namespace,
+    sets: Sequence[PromptSet],
+    record: records.Record,
+    planned: Sequence[Run],
+    arguments: dict[str, Any],
+) -> int:
+    record.settings["client"] = "vllm bench serve"
+    # a server does not tell what vLLM made of these
+    asked = {name: value for name, value in arguments.items() if name != "model"}
+    asked["compilation"] = "eager" if args.enforce_eager else "as vLLM chooses"
+    measured: dict[Cell, list[dict[str, Any]]] = {}
+    for _, engine in _in_turn(args.repeats, len(planned)):
+        run = planned[engine]
+        with record.attempt(run), served.server(run, arguments) as server:
+            record.note_engine(run, asked)
+            for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
+                if temperature == 0 and run.draft_sample_method != "greedy":
+                    continue
+                found = served.bench(
+                    server.url,
+                    args.target,
+                    prompts.conversations,
+                    max_tokens=args.max_tokens,
+                    temperature=temperature,
+                    concurrency=concurrency,
+                )
+                measured.setdefault(Cell(engine, prompts.name, temperature, concurrency), []).append(found)
+            record.results = _served_rows(planned, measured)
+    return record.finish(COLUMNS)
+
+
+def _served_rows(planned: Sequence[Run], measured: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            **planned[cell.engine].fields(),
+            "dataset": cell.dataset,
+            "temperature": cell.temperature,
+            "concurrency": cell.concurrency,
+            "repeats": len(found),
+            # each of them is a measurement, so the middle one of an even number is the lower
+            **{name: median_low(one[name] for one in found if name in one) for name in found[0]},
+        }
+        for cell, found in sorted(measured.items())
+    ]
+    _add_served_speedups(rows)
+    return rows
 
 
 def _add_served_speedups(rows: Sequence[dict[str, Any]]) -> None:
