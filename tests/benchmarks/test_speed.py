@@ -94,9 +94,9 @@ def test_a_planted_sleep_in_the_proposer_is_seen_and_plain_decoding_equals_itsel
     ratio, bounds = speedup(griffin["samples"], plain["samples"]) or (0, (0, 0))
     assert (ratio, list(bounds)) == (griffin["speedup"], griffin["speedup_ci"])
     assert len(griffin["samples"]["conversations"]) == models.CONVERSATIONS
-    # a round takes half a second and gives up to four tokens
+    # a target step takes a tenth of a second and gives up to four tokens
     percentiles = list(griffin["time_per_output_token_ms_percentiles"].values())
-    assert 125 < percentiles[0] <= percentiles[1] <= percentiles[2]
+    assert 25 <= percentiles[0] <= percentiles[1] <= percentiles[2]
 
 
 @contextmanager
