@@ -49,7 +49,13 @@ from griffin_vllm.training.checkpoints import (
 from griffin_vllm.training.config import Stage, TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
-from griffin_vllm.training.features import CacheManifest, FeatureCache, is_complete, write_cache
+from griffin_vllm.training.features import (
+    CacheManifest,
+    FeatureCache,
+    check_caches,
+    is_complete,
+    write_cache,
+)
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
@@ -156,9 +162,9 @@ class Trainer:
                 losses = self._optimise(model, optimizer, done)
                 done += 1
                 speed = progress(done, losses)
-                if done % LOG_EVERY == 0:
+                if done % LOG_EVERY == 0 or done == len(self.plan):
                     log.write("train", done, losses | {"tokens_per_second": speed})
-                if done % config.validate_every == 0:
+                if self.answers and done % config.validate_every == 0:
                     log.write("validation", done, acceptance_row(self.validate()))
                 due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
@@ -168,8 +174,9 @@ class Trainer:
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
         self._save(optimizer, done, seconds_before + time.monotonic() - clock)
-        acceptance = self.validate()
-        log.write("validation", done, acceptance_row(acceptance))
+        acceptance = self.validate() if self.answers else None
+        if acceptance is not None:
+            log.write("validation", done, acceptance_row(acceptance))
         return self._export(acceptance, log)
 
     def validate(self) -> Acceptance:
@@ -270,15 +277,18 @@ class Trainer:
             target = Target(config.target, self.device)
             source = TargetSource(target, self.soft_target_tokens)
             return source, source, target.shared
-        train, validation = (
-            self._cache(config.features / d.split, d) for d in (self.train_data, self.validation_data)
-        )
+        splits = {config.features / data.split: data for data in (self.train_data, self.validation_data)}
+        manifests = {
+            folder: CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
+            for folder, data in splits.items()
+        }
+        check_caches(manifests)
+        train, validation = (self._cache(folder, data, manifests[folder]) for folder, data in splits.items())
         return CachedSource(train), CachedSource(validation), train.shared_weights()
 
-    def _cache(self, folder: Path, data: TokenDataset) -> FeatureCache:
+    def _cache(self, folder: Path, data: TokenDataset, manifest: CacheManifest) -> FeatureCache:
         """Open a feature cache, writing it first (by one process) where it is not complete."""
         config = self.config
-        manifest = CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
         with self.accelerator.main_process_first():
             if not is_complete(folder, manifest):
                 size = manifest.size_in_bytes() / 1e9
@@ -382,20 +392,22 @@ class Trainer:
 
             yield show
 
-    def _export(self, acceptance: Acceptance, log: RunLog) -> Path:
+    def _export(self, acceptance: Acceptance | None, log: RunLog) -> Path:
         folder = self.config.output / "head"
         if self.accelerator.is_main_process:
             positions = sum(map(self._tokens, self.plan))
-            history = [row for row in log.rows() if row["kind"] == "validation"]
-            manifest = self.train_data.manifest.model_dump()
-            card = model_card(self.head_config, self.config, manifest, history, acceptance, positions)
+            manifest = self.train_data.manifest
+            card = model_card(self.head_config, self.config, manifest, log.rows(), acceptance, positions)
             tensors = self.head.state_dict()
             if self.vocabulary is not None:
                 tensors |= draft_vocabulary_tensors(self.vocabulary.target_ids, self.head_config.vocab_size)
             export_head(folder, self.config.head_name, self.head_config, tensors, card)
-            self.console.print(
-                f"acceptance length {acceptance.acceptance_length:.3f} (simulated); head in {folder}"
+            measured = (
+                f"acceptance length {acceptance.acceptance_length:.3f} (simulated)"
+                if acceptance
+                else "no validation answers"
             )
+            self.console.print(f"{measured}; head in {folder}")
         self.accelerator.wait_for_everyone()
         return folder
 
