@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head
+from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.checkpoints import (
     TrainingState,
@@ -28,8 +32,9 @@ from griffin_vllm.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.config import TrainConfig, describe_settings
 from griffin_vllm.training.data import TokenDataset
+from griffin_vllm.training.export import model_card
 from griffin_vllm.training.loop import Trainer, claim_output, learning_rate, plan_steps
 from griffin_vllm.training.run_log import RunLog
 from tests.full_disk import full_disk
@@ -43,6 +48,17 @@ BASE = {
     "precision": "fp32",
     "validation_samples": 2,
 }
+
+
+HEAD = HeadConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=9,
+    draft_vocab_size=9,
+)
 
 
 def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -74,11 +90,43 @@ def test_finished_run_leaves_a_head_that_can_be_served(
     card = (folder / "README.md").read_text()
     assert f"{method.upper()} draft head" in card
     assert "simulated acceptance length" in card
+    manifest = TokenDataset(data, "train").manifest
+    counts, last = manifest.splits["train"], losses(tmp_path / "run")[-1]
+    assert f"| train data | {counts.samples} samples, {counts.tokens} tokens, {counts.answer_tokens} " in card
+    assert f"| {manifest.sources[0].name} | {manifest.sources[0].sha256} | 12 | 0 |" in card
+    assert f"| last training loss | {last:.3f} at step " in card
     if method == "griffin":
         assert open_head(folder).is_served_layout
     else:
-        assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert (config["num_speculative_tokens"], config["trained_context_length"]) == (5, 86)
         assert {"fc.weight", "layers.0.mlp.down_proj.weight"} <= weights(folder).keys()
+
+
+def test_card_of_a_long_run_shows_a_few_points_of_its_curves_up_to_the_last(data: Path) -> None:
+    log: list[dict[str, Any]] = []
+    for step in range(10, 1010, 10):
+        log.append({"kind": "train", "step": step, "loss": 1000 / step})
+        log.append({"kind": "validation", "step": step, "acceptance_length": 2.0, "accuracy": [0.5, 0.25]})
+    config = settings(Path("target"), data, Path("o"))
+    card = model_card(HEAD, config, TokenDataset(data, "train").manifest, log, None, 0)
+    rows = card.split("accuracy by draft step |\n")[1].splitlines()[1:]
+    assert 8 < len(rows) <= 16
+    assert rows[-1] == "| 1000 | 1.000 | 2.000 | 0.500, 0.250 |"
+    assert "simulated acceptance length" not in card
+
+
+@pytest.mark.parametrize("features", [None, "features"])
+def test_run_without_validation_answers_trains_and_says_so(
+    features: str | None, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(tmp_path / "data", target, conversations=3, validation_share=0.0)
+    cache = None if features is None else str(tmp_path / features)
+    config = settings(target, data, tmp_path / "run", features=cache, validate_every=1)
+    card = (Trainer(config).run() / "README.md").read_text()
+    assert "no validation answers" in " ".join(capsys.readouterr().err.split())
+    assert "simulated acceptance length" not in card
 
 
 def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(target: Path, tmp_path: Path) -> None:
@@ -169,20 +217,32 @@ def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupte
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+# Were the launcher to start one process, or two that know nothing of each other, their losses would agree, too.
+TWO_PROCESSES = """
+from accelerate import Accelerator
+assert Accelerator().num_processes == 2
+from griffin_vllm.cli import app
+app()
+"""
+
+
 def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path, tmp_path: Path) -> None:
     # noise, sampled classes and padding are those of the whole batch, whichever process has which sample
     changes = {
-        "stages": [{"draft_steps": 2, "epochs": 8}],
+        "stages": [{"draft_steps": 2, "epochs": 5}],
         "noise": 0.2,
         "soft_target_tokens": 2,
         "sampled_tokens": 20,
     }
     Trainer(settings(target, data, tmp_path / "one", **changes)).run()
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    # accelerate starts several processes without MPI for GPUs alone, unless it is told so by the environment
     arguments = command(
         settings(target, data, tmp_path / "two", **changes),
         tmp_path / "two.yaml",
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "griffin_vllm.cli"),
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        str(tmp_path / "two.py"),
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
@@ -248,6 +308,16 @@ def test_log_that_ends_in_half_a_line_is_read_without_it(tmp_path: Path) -> None
     assert [row["step"] for row in RunLog(tmp_path, 2, writes=True).rows()] == [1, 2]
     assert log.path.read_text() == whole
     assert [row["step"] for row in RunLog(tmp_path, 1, writes=True).rows()] == [1]
+
+
+def test_tensorboard_gets_the_accuracy_of_every_draft_step_and_the_speed(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    Trainer(settings(target, data, tmp_path)).run()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected = {"validation/acceptance_length", *(f"validation/accuracy/{n}" for n in range(1, 6))}
+    assert expected | {"train/loss", "train/tokens_per_second"} <= set(events.Tags()["scalars"])
 
 
 def test_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
@@ -406,3 +476,22 @@ def test_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_p
     config = TrainConfig.load(path, ["--stages.0.epochs", "0.5", "--learning-rate=0.001"])
     assert (config.seed, config.stages[0].epochs, config.learning_rate) == (3, 0.5, 0.001)
     assert config.sampled_tokens == 4096
+
+
+def test_help_lists_every_setting_with_its_meaning() -> None:
+    shown = describe_settings()
+    names = {name for name, _, _ in shown}
+    assert {f"--{name}" for name in TrainConfig.model_fields} <= names
+    assert {"--stages.N.draft_steps", "--stages.N.learning_rate"} <= names
+    assert all(meaning for _, _, meaning in shown)
+
+
+def test_trainer_imports_no_vllm() -> None:
+    modules = sorted(module.name for module in pkgutil.iter_modules(griffin_vllm.training.__path__))
+    assert "loop" in modules
+    code = (
+        f"import importlib, sys; [importlib.import_module('griffin_vllm.training.' + m) for m in {modules}];"
+        "sys.exit(','.join(m for m in sys.modules if m.split('.')[0] == 'vllm'"
+        " or m.startswith('griffin_vllm.serving')) or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
