@@ -75,6 +75,7 @@ compat: $(INSTALLED)
 
 RESULTS := benchmarks/results
 HEADS := benchmarks/baselines
+# `none` comes first; the speed runs put a second one before it, which shows what the machine's noise alone does.
 BENCH_METHODS ?= none,ngram,eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),$\
 hass:$(HEADS)/hass-matched-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
 BENCH_PROMPTS ?= $(wildcard ../shared/data/prompts/*.jsonl ../shared/data/sharegpt-heldout.json)
@@ -90,9 +91,12 @@ bench: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3 \
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 8 \
 	  --json $(RESULTS)/acceptance-sampled.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods $(BENCH_METHODS) \
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) \
 	  --num-speculative-tokens 2,3,5 --concurrency 1 --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) \
+	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method greedy,probabilistic --concurrency 1 \
+	  --json $(RESULTS)/speed-sampled.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,griffin:$(TARGET) \
 	  --num-speculative-tokens tuned --concurrency 2,4,8,16 --num-prompts 16 --json $(RESULTS)/speed-by-load.json
 	$(BIN)/python benchmarks/report.py $(addprefix $(RESULTS)/,acceptance.json acceptance-sampled.json \
-	  speed.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md
+	  speed.json speed-sampled.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md

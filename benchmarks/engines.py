@@ -108,6 +108,23 @@ def resolved_settings(llm: LLM) -> dict[str, Any]:
         "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        **call_worker(llm, thread_settings),
+    }
+
+
+def thread_settings(worker: Any) -> dict[str, Any]:
+    """In the worker: the threads that the model runs on, the cores of its main thread, and the binding that vLLM
+    chose, which reaches the OpenMP library in environment variables."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "thread_binding": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("OMP_", "KMP_", "GOMP_"))
+        },
     }
 
 

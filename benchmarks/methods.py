@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
+from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import Tuning, read_tuning
 
@@ -24,8 +25,11 @@ WITHOUT_HEAD: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Method:
+    """``config``: of a GRIFFIN head; methods are told apart by the other two."""
+
     name: str
     head: str | None = None
+    config: HeadConfig | None = field(default=None, compare=False)
 
     def speculative_config(self, k: int, draft_sample_method: str) -> dict[str, Any] | None:
         """vLLM's speculative config for ``k`` draft tokens; None for plain decoding."""
@@ -65,7 +69,7 @@ class Run:
         )
 
     def fields(self) -> dict[str, Any]:
-        """This run's identity in a result row."""
+        """This run's identity in a result row; of a GRIFFIN head also what makes it another than the plain one."""
         fields: dict[str, Any] = {
             "method": self.method.name,
             "head": shown(self.method.head) if self.method.head else None,
@@ -73,9 +77,25 @@ class Run:
         }
         if self.method.head:
             fields["draft_sample_method"] = self.draft_sample_method
+        config = self.method.config
+        if config and config.draft_vocab_size < config.vocab_size:
+            fields["draft_vocab_size"] = config.draft_vocab_size
+        if config and config.draft_stop_probability > 0:
+            fields["draft_stop_probability"] = config.draft_stop_probability
         if self.tuning:
             fields["schedule"] = [list(rule) for rule in self.tuning.schedule]
         return fields
+
+
+def method_name(row: dict[str, Any]) -> str:
+    """What a result row was measured with, but for the number of drafts."""
+    head = [Path(row["head"]).name] if row.get("head") else []
+    if "draft_vocab_size" in row:
+        head.append(f"{row['draft_vocab_size']} tokens")
+    if "draft_stop_probability" in row:
+        head.append(f"stops below {row['draft_stop_probability']:g}")
+    sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
+    return row["method"] + (f" ({', '.join(head)})" if head else "") + sampler
 
 
 def shown(path: str) -> str:
@@ -106,11 +126,10 @@ def parse_methods(text: str) -> list[Method]:
         if name not in VLLM_METHODS or not head:
             expected = ", ".join([*WITHOUT_HEAD, *(f"{name}:HEAD" for name in VLLM_METHODS)])
             raise GriffinError.at("--methods", "a method", item, f"one of {expected}")
-        if name == "griffin":
-            open_head(find_head(head))
-        elif Path(head).is_absolute() and not Path(head).is_dir():
+        config = open_head(find_head(head)).config if name == "griffin" else None
+        if config is None and Path(head).is_absolute() and not Path(head).is_dir():
             raise GriffinError(f"--methods: {item}: there is no folder {head}")
-        methods.append(Method(name, head))
+        methods.append(Method(name, head, config))
     return methods
 
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -126,12 +127,14 @@ class Record:
         self.settings: dict[str, Any] = {
             "benchmark": benchmark,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "arguments": _portable(args),
             "target": shown(args.target),
             "max_tokens": args.max_tokens,
             "machine": machine(),
             "versions": versions(),
             "environment": environment(),
             "prompts": {prompts.name: prompt_digest(prompts) for prompts in sets},
+            "first_turns": {prompts.name: first_turns(prompts) for prompts in sets},
         }
         self.results: list[dict[str, Any]] = []
         self.failures: list[dict[str, str]] = []
@@ -145,13 +148,15 @@ class Record:
         if not self.path.exists():
             return
         before = json.loads(self.path.read_text(encoding="utf-8"))
-        ours = set(self.settings) - {"date", "machine", "environment"}
+        # a command that resumes names other methods, say; `prompts` tells the first turns, too
+        ours = set(self.settings) - {"date", "machine", "environment", "arguments", "first_turns"}
         for name in sorted(ours):
             if before["settings"].get(name) != self.settings[name]:
                 raise GriffinError.at(
                     self.path, name, before["settings"].get(name), f"{self.settings[name]!r} to resume"
                 )
-        self.settings = before["settings"]
+        resumed_with = [*before["settings"].get("resumed_with", []), self.settings["arguments"]]
+        self.settings = before["settings"] | {"resumed_with": resumed_with}
         self.results = before["results"]
 
     def has(self, identity: dict[str, Any]) -> bool:
@@ -164,6 +169,8 @@ class Record:
         try:
             if run.method.head:
                 self._note_head(shown(run.method.head), head_digest(run.method))
+            if run.method.name != "oracle":
+                self._note_speculator(run)
             yield
         except Exception as error:
             traceback.print_exc()
@@ -176,16 +183,22 @@ class Record:
                 self.path, f"heads.{name}", self.settings["heads"][name], f"weights {digest}"
             )
 
+    def _note_speculator(self, run: Run) -> None:
+        config = run.speculative_config
+        if config and "model" in config:
+            config["model"] = shown(config["model"])
+        self.settings.setdefault("speculative_configs", {})[run.label] = config
+
     def note_engine(self, run: Run, resolved: dict[str, Any]) -> None:
         """Keep the engine's settings, and those of later engines where vLLM chose otherwise."""
         common = self.settings.setdefault("engine", resolved)
-        different = {name: value for name, value in resolved.items() if common[name] != value}
+        different = {name: value for name, value in resolved.items() if common.get(name) != value}
         if different:
             self.settings.setdefault("engine_differences", {})[run.label] = different
 
     def save(self) -> None:
         whole = {"settings": self.settings, "results": self.results, "failures": self.failures}
-        write_atomically(self.path, json.dumps(whole, indent=1) + "\n")
+        write_atomically(self.path, indented(whole))
 
     def finish(self, columns: Sequence[str]) -> int:
         """Print the table; the exit status is 1 if any run failed."""
@@ -194,6 +207,26 @@ class Record:
         for failure in self.failures:
             print(f"failed: {failure['run']}: {failure['error']}", file=sys.stderr)
         return 1 if self.failures else 0
+
+
+def indented(record: dict[str, Any]) -> str:
+    """JSON to be read and compared: a line for each field, and one for each list of numbers or words."""
+    flat = re.compile(r"\[\n[^\[\]{}]*\]")
+    whole = json.dumps(record, indent=1)
+    # strings hold no line ends, so only the layout changes
+    return flat.sub(lambda found: re.sub(r"\n *", "", re.sub(r",\n *", ", ", found[0])), whole) + "\n"
+
+
+def _portable(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as JSON, paths as records show them."""
+
+    def portable(value: Any) -> Any:
+        if isinstance(value, list):
+            return [portable(item) for item in value]
+        return shown(str(value)) if isinstance(value, str | Path) else value
+
+    methods = [":".join(map(shown, item.split(":", 1))) for item in args.methods.split(",")]
+    return {name: portable(value) for name, value in vars(args).items()} | {"methods": ",".join(methods)}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -250,6 +283,12 @@ def prompt_digest(prompts: PromptSet) -> dict[str, Any]:
         "conversations": len(prompts.conversations),
         "sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
+
+
+def first_turns(prompts: PromptSet) -> list[str]:
+    """A hash of each conversation's first turn, by which records tell whether they share prompts."""
+    turns = (conversation.turns[0] for conversation in prompts.conversations)
+    return [hashlib.sha256(turn.encode()).hexdigest()[:8] for turn in turns]
 
 
 def machine() -> dict[str, Any]:

@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
-from benchmarks.acceptance import ratio_interval
+from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
+from benchmarks.methods import method_name
 from benchmarks.round import table as phases
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
@@ -53,6 +54,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "tokens/s": lambda row: number(row, "tokens_per_second", 1),
     "ms/token": lambda row: number(row, "time_per_output_token_ms", 1),
+    "of requests": lambda row: " ".join(
+        f"{name} {ms:.1f}" for name, ms in row.get("time_per_output_token_ms_percentiles", {}).items()
+    ),
     "ms to first token": lambda row: number(row, "time_to_first_token_ms", 0),
     "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row)),
     "answers": lambda row: number(row, "num_answers", 0),
@@ -72,7 +76,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 SHOWN = {
     "acceptance": "data set, method, K, T, tau, tau without loops, accepted by position",
-    "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, ms to first token, speedup",
+    "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, of requests, "
+    "ms to first token, speedup",
     "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
     "soak": "method, K, minutes, requests sent, finished, aborted, lost, answers, identical, near-tie, wrong, "
     "tau at first, tau at last, MiB grown",
@@ -91,6 +96,19 @@ OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         lambda row: COLUMNS["speedup"](row),
     ),
 }
+# field of a row -> title of the column of each of its groups
+BREAKDOWN: dict[str, Callable[[str], str]] = {
+    "acceptance_length_by_turn": lambda group: f"turn {group}",
+    "acceptance_length_by_context": lambda group: (
+        f"context < {group}" if int(group) <= CONTEXT_EDGES[-1] else "longer context"
+    ),
+    "acceptance_length_by_repetition": lambda group: group,
+}
+BREAKDOWN_TITLE = (
+    "tau by turn, by tokens in the context, and by how repetitive the answer is (share of distinct 4-grams; "
+    + ", ".join(f"{name}: below {below:g}" if below <= 1 else f"{name}: above" for below, name in REPETITION)
+    + ")"
+)
 MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
@@ -106,12 +124,6 @@ class Source(NamedTuple):
     @property
     def kind(self) -> str:
         return str(self.settings["benchmark"])
-
-
-def method_name(row: dict[str, Any]) -> str:
-    head = f" ({row['head'].rstrip('/').rsplit('/', 1)[-1]})" if row.get("head") else ""
-    sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
-    return row["method"] + head + sampler
 
 
 def drafts(row: dict[str, Any]) -> str:
@@ -150,6 +162,11 @@ def conditions(settings: dict[str, Any]) -> str:
         f"target {settings['target']}",
         *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
         f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
+        f"{engine['threads']} threads" if "threads" in engine else "",
+        *(
+            f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
+            for label, found in settings.get("engine_differences", {}).items()
+        ),
         f"at most {settings['max_tokens']} tokens an answer",
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
@@ -195,8 +212,32 @@ def margins(source: Source) -> list[list[str]]:
     return [MARGINS, *sorted(lines)] if lines else []
 
 
+def breakdown(source: Source) -> list[list[str]]:
+    """Acceptance lengths of each row's groups, as table cells; empty where the record has none."""
+    rows = [row for row in source.results if row["method"] != "none" and BREAKDOWN.keys() & row.keys()]
+    groups = [
+        (field, group)
+        for field in BREAKDOWN
+        for group in sorted(
+            {group for row in rows for group in row.get(field, ())},
+            # numbers by size, words by name
+            key=lambda group: (int(group) if group.isdigit() else 0, group),
+        )
+    ]
+    naming = ("data set", "method", "K", "T")
+    header = [*naming, *(BREAKDOWN[field](group) for field, group in groups)]
+    lines = [
+        [*(COLUMNS[title](row) for title in naming)]
+        + [number(row.get(field, {}), group, 2) for field, group in groups]
+        for row in rows
+    ]
+    return [header, *lines] if lines else []
+
+
 def markdown(source: Source) -> str:
     parts = [f"**{TITLES[source.kind]}**", records.pipes(cells(source))]
+    if groups := breakdown(source):
+        parts += [f"{BREAKDOWN_TITLE}:", records.pipes(groups)]
     if compared := margins(source):
         parts += ["Acceptance length against the others, with 95 % intervals:", records.pipes(compared)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
@@ -330,6 +371,8 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
         body.append(drawing[drawing.index("<svg") :])
     for source in sources:
         body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source))}")
+        if groups := breakdown(source):
+            body.append(f"<p>{html.escape(BREAKDOWN_TITLE)}:</p>\n{_html_table(groups)}")
         if compared := margins(source):
             body.append(f"<p>Acceptance length against the others:</p>\n{_html_table(compared)}")
         body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')

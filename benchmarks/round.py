@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, records
-from benchmarks.methods import runs
+from benchmarks.methods import method_name, runs
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune import decode
 
@@ -170,8 +170,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Milliseconds and share of each phase, a line a phase and a column a row of the record."""
 
     def title(row: dict[str, Any]) -> str:
-        head = f" ({Path(row['head']).name})" if row["head"] else ""
-        return f"{row['method']}{head}, K={row['num_speculative_tokens']}, {row['concurrency']} at a time"
+        return f"{method_name(row)}, K={row['num_speculative_tokens']}, {row['concurrency']} at a time"
 
     def cell(ms: float | None, row: dict[str, Any]) -> str:
         return f"{ms:.2f} ({ms / row['round_ms']:.0%})" if ms else ""

@@ -104,7 +104,6 @@ def bench(
     if found.get("failed"):
         raise RuntimeError(f"{found['failed']} of {len(questions)} requests failed")
     row = {
-        "client": "vllm bench serve",
         "num_prompts": found["completed"],
         "tokens_per_second": found["output_throughput"],
         "time_per_output_token_ms": found["mean_tpot_ms"],

@@ -7,18 +7,21 @@ methods. Warm-up requests are not measured. Units: ``time_per_output_token_ms`` 
 cover a request's decoding phase (first token to last), pooled; ``time_to_first_token_ms`` is the median;
 ``tokens_per_second`` is the throughput, prefills included.
 
+``time_per_output_token_ms_percentiles`` are those of single requests.
+
 ``speedup`` is the ratio of decoding speeds to the first ``none``. ``speedup_ci`` is its 95 % interval from a
 paired bootstrap over conversations: all turns of one are drawn together, and the same ones for both methods.
 Repeats are too few to be drawn from, so each draw is multiplied by a factor with the spread that the ratio
 had between repeats (Student's t of repeats - 1 degrees of freedom, on the logarithm). With one repeat that
 spread is unknown and left out; two say so little about it that the interval is very wide. A second ``none``
-among the methods shows what the machine's noise alone does.
+among the methods shows what the machine's noise alone does. ``samples`` holds what these two are computed from:
+tokens and seconds of the decoding phases, a line for each of ``repeats`` and a number for each of ``conversations``.
 
 ``host_overhead_share`` (a setting) of a plain step is the part in which no model runs (scheduling, input preparation,
 sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
 
 With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client asks the first turns
-(``vllm bench serve``); its numbers come without an interval.
+(``vllm bench serve``), in repeats as above; its numbers are medians over these and come without an interval.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean, median, median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 16
 OVERHEAD_CONVERSATIONS = 3
+PERCENTILES = (10, 50, 90)
 COLUMNS = (
     "dataset",
     "method",
@@ -79,10 +83,16 @@ class Cell(NamedTuple):
 
 @dataclass
 class Sample:
-    """One repeat of a cell; the arrays (conversations,) hold the decoding phases, turns added up."""
+    """One repeat of a cell.
 
-    tokens: np.ndarray
-    seconds: np.ndarray
+    Attributes:
+        tokens, seconds: of each conversation's decoding phases, turns added up.
+        request_ms: milliseconds a token of each request's decoding phase.
+    """
+
+    tokens: dict[str, int]
+    seconds: dict[str, float]
+    request_ms: list[float]
     first_token_seconds: list[float]
     passes: int
     output_tokens: int
@@ -90,14 +100,15 @@ class Sample:
 
     @classmethod
     def of(cls, answers: Sequence[Answer], wall_seconds: float) -> Sample:
-        number = {name: i for i, name in enumerate(dict.fromkeys(one.conversation for one in answers))}
-        tokens, seconds = np.zeros(len(number)), np.zeros(len(number))
+        tokens: dict[str, int] = {}
+        seconds: dict[str, float] = {}
         for one in answers:
-            tokens[number[one.conversation]] += one.decode_tokens
-            seconds[number[one.conversation]] += one.decode_seconds
+            tokens[one.conversation] = tokens.get(one.conversation, 0) + one.decode_tokens
+            seconds[one.conversation] = seconds.get(one.conversation, 0.0) + one.decode_seconds
         return cls(
             tokens,
             seconds,
+            [1000 * one.decode_seconds / one.decode_tokens for one in answers if one.decode_tokens],
             [one.times[0] for one in answers],
             sum(len(one.passes) for one in answers),
             sum(len(one.tokens) for one in answers),
@@ -105,11 +116,30 @@ class Sample:
         )
 
 
+def columns(by_repeat: dict[int, Sample]) -> dict[str, Any]:
+    """A row's ``samples``; every repeat holds the same conversations."""
+    repeats = sorted(by_repeat)
+    names = list(by_repeat[repeats[0]].tokens)
+    return {
+        "conversations": names,
+        "repeats": repeats,
+        "tokens": [[by_repeat[repeat].tokens[name] for name in names] for repeat in repeats],
+        "seconds": [[round(by_repeat[repeat].seconds[name], 4) for name in names] for repeat in repeats],
+    }
+
+
 def speedup(
-    samples: Sequence[Sample], plain: Sequence[Sample], draws: int = DRAWS
-) -> tuple[float, tuple[float, float]]:
-    """Ratio of pooled decoding speeds and its 95 % interval; both arguments list the same repeats."""
-    sides = [[[one.tokens for one in side], [one.seconds for one in side]] for side in (samples, plain)]
+    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS
+) -> tuple[float, tuple[float, float]] | None:
+    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations;
+    None without a repeat that both have."""
+    both = sorted(set(samples["repeats"]) & set(plain["repeats"]))
+    if not both:
+        return None
+    sides = [
+        [[side[field][side["repeats"].index(repeat)] for repeat in both] for field in ("tokens", "seconds")]
+        for side in (samples, plain)
+    ]
     return paired_ratio(np.array(sides), draws)
 
 
@@ -128,37 +158,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
-    best = best_ks(args.best_k_from) if args.best_k_from else {}
+    best = {}
+    if args.best_k_from:
+        check_tuning_record(args.best_k_from, record.settings)
+        best = best_ks(args.best_k_from)
     planned = _plan(methods, args.num_speculative_tokens, best)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)
     if args.served:
-        record.settings["client"] = "vllm bench serve"
-        for run in planned:
-            with record.attempt(run), served.server(run, arguments | {"enable_prefix_caching": False}) as one:
-                record.results += _measure_served(one.url, run, sets, args)
-        _add_served_speedups(record.results)
-        return record.finish(COLUMNS)
+        return _main_served(args, sets, record, planned, arguments | {"enable_prefix_caching": False})
 
     samples: dict[Cell, dict[int, Sample]] = {}
-    for repeat in range(args.repeats):
-        for place in range(len(planned)):
-            engine = (place + repeat) % len(planned)
-            run = planned[engine]
-            with record.attempt(run), engines.start(run, **arguments) as llm:
-                record.note_engine(run, engines.resolved_settings(llm))
-                for prompts in sets:
-                    conversations = engines.fitting(
-                        llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
-                    )
-                    for temperature, concurrency, sample in _measure(llm, run, conversations, args):
-                        cell = Cell(engine, prompts.name, temperature, concurrency)
-                        samples.setdefault(cell, {})[repeat] = sample
-                record.results = _rows(planned, best, samples)
-                if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
-                    share = host_overhead_share(llm, conversations, args.max_tokens)
-                    record.settings["host_overhead_share"] = share
+    for repeat, engine in _in_turn(args.repeats, len(planned)):
+        run = planned[engine]
+        with record.attempt(run), engines.start(run, **arguments) as llm:
+            record.note_engine(run, engines.resolved_settings(llm))
+            for prompts in sets:
+                conversations = engines.fitting(
+                    llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
+                )
+                for temperature, concurrency, sample in _measure(llm, run, conversations, args):
+                    cell = Cell(engine, prompts.name, temperature, concurrency)
+                    samples.setdefault(cell, {})[repeat] = sample
+            record.results = _rows(planned, best, samples)
+            if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
+                share = host_overhead_share(llm, conversations, args.max_tokens)
+                record.settings["host_overhead_share"] = share
     return record.finish(COLUMNS)
+
+
+def _in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
+    """Repeat and number of the engine, in an order that rotates."""
+    for repeat, place in product(range(repeats), range(planned)):
+        yield repeat, (place + repeat) % planned
+
+
+def check_tuning_record(tuning: Path, settings: dict[str, Any]) -> None:
+    """Check that what was fastest in a tuning record says something about the record with ``settings``.
+
+    Raises:
+        GriffinError: it was made on another machine or vLLM, or on prompts that are measured now.
+    """
+    theirs = read_json(tuning).get("settings", {})
+    for group, name in (("machine", "cpu"), ("machine", "cores"), ("versions", "vllm")):
+        found, expected = theirs.get(group, {}).get(name), settings[group].get(name)
+        if found != expected:
+            raise GriffinError.at(tuning, f"settings.{group}.{name}", found, f"{expected!r}, as here")
+    if "first_turns" not in theirs:
+        raise GriffinError.at(tuning, "settings.first_turns", None, "hashes of its prompts; measure it anew")
+    tuned_on = set(chain.from_iterable(theirs["first_turns"].values()))
+    for dataset, turns in settings["first_turns"].items():
+        if shared := tuned_on & set(turns):
+            raise GriffinError(
+                f"{tuning}: holds {len(shared)} of the {len(turns)} prompts of {dataset}; "
+                "the best K must come from others"
+            )
 
 
 def best_ks(tuning: Path) -> dict[Method, int]:
@@ -226,12 +280,15 @@ def _rows(
     best: dict[Method, int],
     samples: dict[Cell, dict[int, Sample]],
 ) -> list[dict[str, Any]]:
-    baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), None)
-    rows = []
-    for cell, by_repeat in sorted(samples.items()):
+    # -1, an engine that no row is of, without plain decoding
+    baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), -1)
+    rows: dict[Cell, dict[str, Any]] = {}
+    # engine by engine, and the first one is compared with
+    for cell, by_repeat in sorted(samples.items(), key=lambda item: (item[0].engine != baseline, item[0])):
         run, found = planned[cell.engine], list(by_repeat.values())
-        tokens = sum(float(one.tokens.sum()) for one in found)
-        seconds = sum(float(one.seconds.sum()) for one in found)
+        tokens = sum(sum(one.tokens.values()) for one in found)
+        seconds = sum(sum(one.seconds.values()) for one in found)
+        percentiles = np.percentile([ms for one in found for ms in one.request_ms], PERCENTILES)
         row = {
             **run.fields(),
             "dataset": cell.dataset,
@@ -244,29 +301,72 @@ def _rows(
             / sum(one.wall_seconds for one in found),
             "decode_tokens_per_second": tokens / seconds,
             "time_per_output_token_ms": 1000 * seconds / tokens,
+            "time_per_output_token_ms_percentiles": {
+                f"p{percent}": round(float(ms), 3)
+                for percent, ms in zip(PERCENTILES, percentiles, strict=True)
+            },
             "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
+            "samples": columns(by_repeat),
         }
         if best.get(named(run.method)) == run.num_speculative_tokens and not run.tuning:
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0
-        elif baseline is not None:
-            plain = samples.get(cell._replace(engine=baseline), {})
-            both = sorted(set(by_repeat) & set(plain))
-            if both:
-                row["speedup"], interval = speedup([by_repeat[r] for r in both], [plain[r] for r in both])
-                row["speedup_ci"] = list(interval)
-        rows.append(row)
+        elif (plain := rows.get(cell._replace(engine=baseline))) and (
+            compared := speedup(row["samples"], plain["samples"])
+        ):
+            row["speedup"], row["speedup_ci"] = compared[0], list(compared[1])
+        rows[cell] = row
+    return [rows[cell] for cell in sorted(rows)]
+
+
+def _main_served(
+    args: argparse.Namespace,
+    sets: Sequence[PromptSet],
+    record: records.Record,
+    planned: Sequence[Run],
+    arguments: dict[str, Any],
+) -> int:
+    record.settings["client"] = "vllm bench serve"
+    # a server does not tell what vLLM made of these
+    asked = {name: value for name, value in arguments.items() if name != "model"}
+    asked["compilation"] = "eager" if args.enforce_eager else "as vLLM chooses"
+    measured: dict[Cell, list[dict[str, Any]]] = {}
+    for _, engine in _in_turn(args.repeats, len(planned)):
+        run = planned[engine]
+        with record.attempt(run), served.server(run, arguments) as server:
+            record.note_engine(run, asked)
+            for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
+                if temperature == 0 and run.draft_sample_method != "greedy":
+                    continue
+                found = served.bench(
+                    server.url,
+                    args.target,
+                    prompts.conversations,
+                    max_tokens=args.max_tokens,
+                    temperature=temperature,
+                    concurrency=concurrency,
+                )
+                measured.setdefault(Cell(engine, prompts.name, temperature, concurrency), []).append(found)
+            record.results = _served_rows(planned, measured)
+    return record.finish(COLUMNS)
+
+
+def _served_rows(planned: Sequence[Run], measured: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            **planned[cell.engine].fields(),
+            "dataset": cell.dataset,
+            "temperature": cell.temperature,
+            "concurrency": cell.concurrency,
+            "repeats": len(found),
+            # each of them is a measurement, so the middle one of an even number is the lower
+            **{name: median_low(one[name] for one in found if name in one) for name in found[0]},
+        }
+        for cell, found in sorted(measured.items())
+    ]
+    _add_served_speedups(rows)
     return rows
-
-
-def _measure_served(
-    url: str, run: Run, sets: Sequence[PromptSet], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
-        load = {"temperature": temperature, "concurrency": concurrency}
-        measured = served.bench(url, args.target, prompts.conversations, max_tokens=args.max_tokens, **load)
-        yield {**run.fields(), "dataset": prompts.name, **load, **measured}
 
 
 def _add_served_speedups(rows: Sequence[dict[str, Any]]) -> None:

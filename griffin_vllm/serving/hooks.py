@@ -219,7 +219,7 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> SpeculativeConfig | None:
-        from griffin_vllm.serving.speculative_config import resolve
+        from griffin_vllm.serving.speculative_config import STOP_PROBABILITY, resolve
 
         resolved = resolve(
             self.speculative_config,
@@ -232,10 +232,14 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
         if resolved is None:
             return original(self, target_model_config, target_parallel_config)
         check_fits()
+        tuned = {key: resolved.pop(key) for key in (STOP_PROBABILITY,) if key in resolved}
         args = copy.copy(self)
         args.speculative_config = resolved
         args.spec_method = args.spec_model = args.spec_tokens = None
-        return original(args, target_model_config, target_parallel_config)
+        config = original(args, target_model_config, target_parallel_config)
+        # the way by which the head's config reaches the workers
+        config.draft_model_config.hf_config.update(tuned)
+        return config
 
     create_speculative_config.griffin = True  # type: ignore[attr-defined]
     engine_args.create_speculative_config = create_speculative_config

@@ -59,14 +59,14 @@ class GriffinProposer(EagleProposer):
         # Ranks of data parallelism that share experts must all take the same number of draft steps.
         self.steps_may_vary = config.parallel_config.data_parallel_size == 1
         self.scheduler_waits = not config.scheduler_config.async_scheduling
-        shapes_may_vary = (
+        self.shapes_may_vary = (
             self.steps_may_vary
             and self.scheduler_waits
             and config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
             and config.parallel_config.tensor_parallel_size == 1
         )
         stop_probability = getattr(head, "draft_stop_probability", 0.0)
-        self.stop_probability = stop_probability if shapes_may_vary else 0.0
+        self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
         # A KV connector reads blocks behind the proposer's back.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None

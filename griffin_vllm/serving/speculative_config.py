@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # engine dies at the first request.
 MAX_SPECULATIVE_TOKENS = 128
 
+STOP_PROBABILITY = "draft_stop_probability"
 # Keys of vLLM's speculative config that mean something for a GRIFFIN head and are passed on as they are.
 _PASSED_ON = {
     "attention_backend",
@@ -80,6 +81,8 @@ def resolve(
 ) -> dict[str, Any] | None:
     """The keyword arguments for vLLM's ``SpeculativeConfig``, or None when GRIFFIN is not asked for.
 
+    Among them may be one that is not vLLM's, ``STOP_PROBABILITY``: it belongs into the head's config.
+
     The first four arguments are the fields of the same names of ``EngineArgs``; ``target`` and
     ``parallel`` are the target's configs.
 
@@ -104,7 +107,7 @@ def resolve(
     given = {**_tuned(given, spec_tokens, head), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
-    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
+    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON or key == STOP_PROBABILITY}
     if not given.get("use_local_argmax_reduction"):
         passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
     if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
@@ -117,7 +120,7 @@ def _tuned(given: Mapping[str, Any], spec_tokens: int | None, head: Head) -> dic
     """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
     said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"} & given.keys()
     tuning = None if said or spec_tokens is not None else read_tuning(head)
-    return tuning.speculative_config() if tuning else {}
+    return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability} if tuning else {}
 
 
 def _only_one(key: str, in_config: Any, flag: Any) -> Any:

@@ -3,7 +3,8 @@
 A round of B requests with K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens, where
 ``tau(K) = 1 + sum of the first K shares of accepted positions``. Both are measured while the engine's number of
 drafts is changed, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats
-plain decoding.
+plain decoding. Where drafting can stop within a round, ``tune_depth.py`` then looks for a larger K and the
+probability at which to stop.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.config import METHOD
 from griffin_vllm.describe import misfit
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving.tune_depth import chains, choose_depth, record_chains
 from griffin_vllm.serving.tuning import (
     Point,
     Tuning,
@@ -87,6 +89,10 @@ def tune(
         for k, size in track(passes, "measuring"):
             drafts.set(k)
             steps[k, size] += decode(engine, islice(cycle(rendered), size), tokens)
+        drafts.set(max_k)
+        found = []
+        if record_chains(engine):
+            found = [one for prompt in rendered for one in chains(engine, decode(engine, [prompt], tokens))]
     points, longest = [], []
     for (k, size), taken in steps.items():
         emitted = [count for _, counts in taken for count in counts]
@@ -102,6 +108,11 @@ def tune(
         longest += emitted if k == max_k else []
     shares = [sum(count > i for count in longest) / len(longest) for i in range(1, max_k + 1)]
     schedule = choose(points, shares)
+    stop_probability = 0.0
+    if 1 in batch_sizes and schedule[0][2] > 0:
+        alone = [point for point in points if point.batch_size == 1]
+        k, stop_probability = choose_depth(found, alone, schedule[0][2])
+        schedule = alone_with(k, schedule)
     return Tuning(
         machine=machine(),
         vllm=vllm_version(),
@@ -111,6 +122,7 @@ def tune(
         points=points,
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
         schedule=schedule,
+        draft_stop_probability=stop_probability,
     )
 
 
@@ -146,6 +158,14 @@ def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> lis
             first = schedule.pop()[0]
         schedule.append((first, size, k))
     return schedule
+
+
+def alone_with(k: int, schedule: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The schedule with ``k`` drafts for a request that is alone."""
+    (_, last, former), *others = schedule
+    if k == former:
+        return list(schedule)
+    return [(1, 1, k), *([(2, last, former)] if last > 1 else []), *others]
 
 
 def explain(tuning: Tuning) -> Table:

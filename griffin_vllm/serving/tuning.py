@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
@@ -30,7 +30,8 @@ class Point(BaseModel):
 
 
 class Tuning(BaseModel):
-    """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``."""
+    """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``;
+    ``draft_stop_probability`` takes the place of the head's own."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,6 +43,7 @@ class Tuning(BaseModel):
     points: list[Point]
     num_speculative_tokens: PositiveInt
     schedule: list[tuple[int, int, int]]
+    draft_stop_probability: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     def predicted(self, point: Point) -> float:
         """Tokens a second by the cost model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -81,9 +82,17 @@ class TargetSource:
 
 
 def make_batch(
-    dataset: TokenDataset, source: Source, samples: Sequence[int], noise: float, seed: int
+    dataset: TokenDataset,
+    source: Source,
+    samples: Sequence[int],
+    noise: float,
+    seed: int,
+    positions: int = 0,
 ) -> Batch:
-    """Assemble ``samples``.
+    """Assemble ``samples``, padded to the longest or to ``positions``.
+
+    A process that pads its part of a batch as the whole batch is padded has the same tokens in it: padding
+    is token 0, which a sampled vocabulary then keeps.
 
     ``noise`` is the reference's 0.2: uniform noise of that width times 512 / T on the input features. A
     sample's noise depends on ``seed`` and the sample only, so it is the same in every batch layout.
@@ -105,11 +114,20 @@ def make_batch(
         ids.append(soft.ids[1:])
         probabilities.append(soft.probabilities[1:])
     loss_masks = [torch.cat([mask[2:], mask.new_zeros(1)]) for _, mask in pairs]
+    pad = partial(_padded, positions=max(positions, *map(len, inputs)))
     return Batch(
-        pad_sequence(inputs, batch_first=True),
-        pad_sequence(feature_targets, batch_first=True),
-        pad_sequence([tokens[1:] for tokens, _ in pairs], batch_first=True),
-        pad_sequence([torch.cat([tokens[2:], tokens[-1:]]) for tokens, _ in pairs], batch_first=True),
-        SoftTargets(pad_sequence(ids, batch_first=True), pad_sequence(probabilities, batch_first=True)),
-        pad_sequence(loss_masks, batch_first=True),
+        pad(inputs),
+        pad(feature_targets),
+        pad([tokens[1:] for tokens, _ in pairs]),
+        pad([torch.cat([tokens[2:], tokens[-1:]]) for tokens, _ in pairs]),
+        SoftTargets(pad(ids), pad(probabilities)),
+        pad(loss_masks),
     )
+
+
+def _padded(rows: Sequence[Tensor], positions: int) -> Tensor:
+    """``rows`` (T_i, ...) as one tensor (B, ``positions``, ...), zeros behind each."""
+    out = rows[0].new_zeros(len(rows), positions, *rows[0].shape[1:])
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

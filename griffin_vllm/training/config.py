@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.alignment import AlignmentRule
@@ -45,6 +46,10 @@ class Stage(Section):
     epochs: PositiveFloat = Field(default=1.0, description="passes over the data; fractions are allowed")
     k_weight: NonNegativeFloat = Field(
         default=0.5, description="weight of the top-10 cross entropy in this stage"
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="the stage's own peak, with a warm-up and a schedule over its own steps; null: the run's",
     )
 
 
@@ -75,7 +80,9 @@ class TrainConfig(Section):
     )
     align_top_k: PositiveInt = Field(3, description="a draft is aligned when the true token is in its top k")
     stages: tuple[Stage, ...] = Field(
-        (Stage(draft_steps=1, k_weight=0.0), Stage(draft_steps=2), Stage(draft_steps=3)), min_length=1
+        (Stage(draft_steps=1, k_weight=0.0), Stage(draft_steps=2), Stage(draft_steps=3)),
+        min_length=1,
+        description="trained one after the other",
     )
     detach: bool = Field(True, description="cut the gradient between draft steps, as the reference does")
     v_weight: NonNegativeFloat = Field(1.0, description="weight of the feature regression loss")
@@ -98,8 +105,8 @@ class TrainConfig(Section):
     )
     gradient_accumulation: PositiveInt = Field(1, description="micro-batches an optimiser step")
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of its two averages")
+    weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay of the weights")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the rate falls to zero"
@@ -121,7 +128,7 @@ class TrainConfig(Section):
     loops: Literal["keep", "drop"] = Field(
         "keep", description="what to do with answers that repeat themselves"
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, order, noise and sampled tokens")
 
     num_speculative_tokens: PositiveInt = Field(5, description="K for validation and for the served head")
     validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
@@ -192,10 +199,14 @@ class TrainConfig(Section):
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    presets = {path.stem: path for path in PRESETS.glob("*.yaml")}
-    if name not in presets:
-        raise GriffinError.at("preset", "name", name, f"one of {sorted(presets)}")
-    return read_yaml(presets[name])
+    known = presets()
+    if name not in known:
+        raise GriffinError.at("preset", "name", name, f"one of {sorted(known)}")
+    return read_yaml(known[name])
+
+
+def presets() -> dict[str, Path]:
+    return {path.stem: path for path in PRESETS.glob("*.yaml")}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -253,10 +264,20 @@ def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
 
 def describe_settings() -> list[tuple[str, str, str]]:
     """Name, default and meaning of every setting, for the command line's help."""
-    rows = []
+    rows = [
+        ("preset", "none", f"start from known settings (in the file only): {', '.join(sorted(presets()))}")
+    ]
     for name, info in TrainConfig.model_fields.items():
-        default = "(required)" if info.is_required() else str(info.default)
+        rows.append(_described(f"--{name}", info))
         if name == "stages":
-            default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in info.default)
-        rows.append((f"--{name}", default, info.description or ""))
+            rows += [_described(f"--stages.N.{part}", of) for part, of in Stage.model_fields.items()]
     return rows
+
+
+def _described(option: str, info: FieldInfo) -> tuple[str, str, str]:
+    default = info.default
+    if info.is_required():
+        default = "(required)"
+    elif option == "--stages":
+        default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in default)
+    return option, str(default), info.description or ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -32,11 +32,16 @@ from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, sof
 SHARD_TOKENS = 65_536
 MANIFEST = "manifest.json"
 SHARED = "shared.safetensors"
+DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 256, 4096
 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a cache was made from; two caches with the same manifest hold the same numbers."""
+    """What a cache was made from; two caches with the same manifest hold the same numbers.
+
+    ``target_weights`` tells targets of one folder name apart (:func:`weights_digest`); None, as in caches that
+    are older than the field, is taken for any.
+    """
 
     target: str
     dataset: str
@@ -44,6 +49,7 @@ class CacheManifest:
     vocab_size: int
     top_k: int
     lengths: list[int]
+    target_weights: str | None = None
 
     @classmethod
     def of(cls, target: Path, hf_config: PreTrainedConfig, data: TokenDataset, top_k: int) -> CacheManifest:
@@ -55,11 +61,29 @@ class CacheManifest:
             vocab_size=hf_config.vocab_size,
             top_k=top_k,
             lengths=data.lengths.tolist(),
+            target_weights=weights_digest(target),
         )
 
     def size_in_bytes(self) -> int:
-        per_token = 2 * self.hidden_size + (4 + 2) * self.top_k
-        return sum(self.lengths) * per_token + 4 * self.vocab_size * self.hidden_size
+        return sum(self.lengths) * self.bytes_per_token + self.shared_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.hidden_size + (4 + 2) * self.top_k
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of embeddings and ``lm_head``."""
+        return 4 * self.vocab_size * self.hidden_size
+
+    def describes(self, stored: Any) -> bool:
+        """Whether a cache with the manifest ``stored`` (JSON) is the one that this manifest asks for."""
+        if not isinstance(stored, dict):
+            return False
+        wanted, found = asdict(self), {"target_weights": None, **stored}
+        if None in (wanted["target_weights"], found["target_weights"]):
+            wanted["target_weights"] = found["target_weights"] = None
+        return wanted == found
 
 
 class FeatureCache:
@@ -134,17 +158,8 @@ def write_cache(
     Raises:
         GriffinError: the disk has no room, or the folder holds the cache of something else.
     """
-    if not _matches(folder, manifest):
-        raise GriffinError(f"{folder}: holds features of another target or data set; name another folder")
+    check_caches({folder: manifest})
     folder.mkdir(parents=True, exist_ok=True)
-    runs = shards(manifest.lengths)
-    todo = [shard for shard in range(len(runs)) if not _shard_path(folder, shard).is_file()]
-    need = manifest.size_in_bytes() * len(todo) // len(runs)
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise GriffinError(
-            f"{folder}: the feature cache takes {need / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free"
-        )
     _write(folder / MANIFEST, lambda path: path.write_text(json.dumps(asdict(manifest)), encoding="utf-8"))
     shared = {"embed_tokens": target.shared.embed_tokens}
     if target.shared.lm_head is not target.shared.embed_tokens:
@@ -152,11 +167,62 @@ def write_cache(
     if target.shared.logit_softcap is not None:
         shared["logit_softcap"] = torch.tensor(target.shared.logit_softcap)
     _write(folder / SHARED, lambda path: save_file(shared, path))
-    for shard, run in enumerate(runs):
-        if shard in todo:
+    for shard, run in enumerate(shards(manifest.lengths)):
+        if not _shard_path(folder, shard).is_file():
             tensors = _compute(target, [tokens[i] for i in run], manifest.top_k, batch_tokens)
             _write(_shard_path(folder, shard), partial(save_file, tensors))
         progress(sum(manifest.lengths[i] for i in run))
+
+
+def check_caches(caches: Mapping[Path, CacheManifest]) -> None:
+    """Whether all of ``caches`` (by folder, on one disk) can be written, before the first of them is begun.
+
+    Raises:
+        GriffinError: the disk has no room for what is missing of them, or a folder holds the cache of
+            something else.
+    """
+    need = 0
+    for folder, manifest in caches.items():
+        if not _matches(folder, manifest):
+            raise GriffinError(f"{folder}: holds features of another target or data set; name another folder")
+        need += 0 if (folder / SHARED).is_file() else manifest.shared_bytes
+        for shard, run in enumerate(shards(manifest.lengths)):
+            if not _shard_path(folder, shard).is_file():
+                need += sum(manifest.lengths[i] for i in run) * manifest.bytes_per_token
+    place = Path(os.path.commonpath([folder.absolute() for folder in caches]))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise GriffinError(
+            f"{', '.join(map(str, caches))}: the feature cache takes {need / 1e9:.1f} GB more and the disk has "
+            f"{free / 1e9:.1f} GB free"
+        )
+
+
+def weights_digest(folder: Path) -> str | None:
+    """A digest of a target's weights that reads little of them: each file's size and blocks all over it.
+
+    Headers alone would not do: a fine-tuned model has those of its base. None where ``folder`` is a Hub id.
+
+    Raises:
+        GriffinError: a file cannot be read.
+    """
+    files = [path for pattern in ("*.safetensors", "*.bin") for path in sorted(folder.glob(pattern))]
+    if not files:
+        return None
+    digest = sha256()
+    for path in files:
+        try:
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with path.open("rb") as file:
+                for block in range(DIGEST_BLOCKS):
+                    file.seek(size * block // DIGEST_BLOCKS)
+                    digest.update(file.read(DIGEST_BLOCK_BYTES))
+        except OSError as error:
+            raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
+    return digest.hexdigest()
 
 
 def is_complete(folder: Path, manifest: CacheManifest) -> bool:
@@ -168,7 +234,7 @@ def is_complete(folder: Path, manifest: CacheManifest) -> bool:
 def _matches(folder: Path, manifest: CacheManifest) -> bool:
     path = folder / MANIFEST
     try:
-        return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) == asdict(manifest)
+        return not path.is_file() or manifest.describes(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise GriffinError(f"{path}: is not valid JSON ({GriffinError.reason(error)})") from error
 

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from griffin_vllm.checkpoint import (
     Head,
@@ -45,12 +44,20 @@ from griffin_vllm.training.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    write_whole,
 )
 from griffin_vllm.training.config import Stage, TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
-from griffin_vllm.training.features import CacheManifest, FeatureCache, is_complete, write_cache
+from griffin_vllm.training.features import (
+    CacheManifest,
+    FeatureCache,
+    check_caches,
+    is_complete,
+    write_cache,
+)
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
+from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, Target, target_config
@@ -63,10 +70,11 @@ GREEDY_SHARE = 0.97
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One optimiser step: its stage, and the samples of each micro-batch."""
+    """One optimiser step: its stage, the samples of each micro-batch, and its learning rate."""
 
     stage: Stage
     micro_batches: list[list[int]]
+    learning_rate: float
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -141,6 +149,7 @@ class Trainer:
             sampled_tokens=config.sampled_tokens,
             detach=config.detach,
             mean_over_processes=lambda count: self.accelerator.reduce(count, "mean"),
+            any_of_processes=lambda flags: self.accelerator.reduce(flags.int(), "sum").bool(),
         )
         optimizer = torch.optim.AdamW(
             self.head.parameters(),
@@ -156,15 +165,10 @@ class Trainer:
             while done < len(self.plan):
                 losses = self._optimise(model, optimizer, done)
                 done += 1
-                if not math.isfinite(losses["loss"]):
-                    raise GriffinError(
-                        f"{config.output}: the loss is {losses['loss']} at step {done}; "
-                        f"the last good checkpoint is {latest_checkpoint(self.checkpoints)}"
-                    )
-                progress(done, losses)
-                if done % LOG_EVERY == 0:
-                    log.write("train", done, losses)
-                if done % config.validate_every == 0:
+                speed = progress(done, losses)
+                if done % LOG_EVERY == 0 or done == len(self.plan):
+                    log.write("train", done, losses | {"tokens_per_second": speed})
+                if self.answers and done % config.validate_every == 0:
                     log.write("validation", done, acceptance_row(self.validate()))
                 due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
@@ -174,8 +178,9 @@ class Trainer:
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
         self._save(optimizer, done, seconds_before + time.monotonic() - clock)
-        acceptance = self.validate()
-        log.write("validation", done, acceptance_row(acceptance))
+        acceptance = self.validate() if self.answers else None
+        if acceptance is not None:
+            log.write("validation", done, acceptance_row(acceptance))
         return self._export(acceptance, log)
 
     def validate(self) -> Acceptance:
@@ -190,29 +195,54 @@ class Trainer:
             return simulate(self.head, self.shared, batches, self.config.num_speculative_tokens)
 
     def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
-        """Optimiser step ``index`` of the plan; returns its losses, averaged over micro-batches."""
+        """Optimiser step ``index`` of the plan; returns its losses, averaged over micro-batches.
+
+        Raises:
+            GriffinError: loss or gradient are not finite; the weights are as they were.
+        """
         config, accelerator, planned = self.config, self.accelerator, self.plan[index]
         weights = StepWeights(config.v_weight, config.p_weight, planned.stage.k_weight, config.step_decay)
-        rate = learning_rate(config, index, len(self.plan))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = planned.learning_rate
         optimizer.zero_grad()
-        count, losses = (
-            len(planned.micro_batches),
-            torch.zeros(planned.stage.draft_steps, 3, device=self.device),
-        )
-        for number, samples in enumerate(planned.micro_batches, start=1):
+        losses = torch.zeros(planned.stage.draft_steps, 3, device=self.device)
+        shares = self._shares(planned)
+        for number, (samples, share) in enumerate(zip(planned.micro_batches, shares, strict=True), start=1):
             batch = self._batch(samples, config.seed + index)
-            with nullcontext() if number == count else accelerator.no_sync(model):
+            with nullcontext() if number == len(shares) else accelerator.no_sync(model):
                 surrogate, parts = model(batch, planned.stage.draft_steps, weights, config.seed + index)
-                accelerator.backward(surrogate / count)
-            losses += parts / count
+                accelerator.backward(share * surrogate)
+            losses += share * parts
+        named = self._named(accelerator.reduce(losses, "mean"), weights)
+        self._check_finite("loss", named["loss"], index)
+        # before a clipped value makes a number of an infinite one
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        self._check_finite("gradient's norm", float(torch.nn.utils.get_total_norm(gradients)), index)
         if config.clip_value is not None:
             accelerator.clip_grad_value_(model.parameters(), config.clip_value)
         if config.clip_norm is not None:
             accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
-        return self._named(accelerator.reduce(losses, "mean"), weights) | {"learning_rate": rate}
+        return named | {"learning_rate": planned.learning_rate}
+
+    def _check_finite(self, what: str, value: float, index: int) -> None:
+        if not math.isfinite(value):
+            raise GriffinError(
+                f"{self.config.output}: the {what} is {value} at step {index + 1}; "
+                f"the last good checkpoint is {latest_checkpoint(self.checkpoints)}"
+            )
+
+    def _shares(self, planned: PlannedStep) -> list[float]:
+        """What each micro-batch adds to a step: its share of the positions that the loss counts.
+
+        So the sum of their mean losses is the mean over all positions, as if they had been one batch. Where
+        an alignment mask takes more from one micro-batch than from another, it is so up to that difference:
+        the mask of a later draft step is not known before its micro-batch has run.
+        """
+        counts = [
+            sum(int(self.train_data[i][1][2:].sum()) for i in samples) for samples in planned.micro_batches
+        ]
+        return [count / max(1, sum(counts)) for count in counts]
 
     def _named(self, losses: Tensor, weights: StepWeights) -> dict[str, float]:
         rows = losses.tolist()
@@ -223,7 +253,14 @@ class Trainer:
     def _batch(self, samples: list[int], seed: int) -> Batch:
         """This process's part of a batch; a process without a sample learns nothing from the first one."""
         mine = samples[self.accelerator.process_index :: self.accelerator.num_processes]
-        batch = make_batch(self.train_data, self.train_source, mine or samples[:1], self.config.noise, seed)
+        batch = make_batch(
+            self.train_data,
+            self.train_source,
+            mine or samples[:1],
+            self.config.noise,
+            seed,
+            positions=int(self.train_data.lengths[samples].max()) - 1,
+        )
         return self._restricted(batch if mine else batch.without_loss())
 
     def _restricted(self, batch: Batch) -> Batch:
@@ -244,15 +281,18 @@ class Trainer:
             target = Target(config.target, self.device)
             source = TargetSource(target, self.soft_target_tokens)
             return source, source, target.shared
-        train, validation = (
-            self._cache(config.features / d.split, d) for d in (self.train_data, self.validation_data)
-        )
+        splits = {config.features / data.split: data for data in (self.train_data, self.validation_data)}
+        manifests = {
+            folder: CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
+            for folder, data in splits.items()
+        }
+        check_caches(manifests)
+        train, validation = (self._cache(folder, data, manifests[folder]) for folder, data in splits.items())
         return CachedSource(train), CachedSource(validation), train.shared_weights()
 
-    def _cache(self, folder: Path, data: TokenDataset) -> FeatureCache:
+    def _cache(self, folder: Path, data: TokenDataset, manifest: CacheManifest) -> FeatureCache:
         """Open a feature cache, writing it first (by one process) where it is not complete."""
         config = self.config
-        manifest = CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
         with self.accelerator.main_process_first():
             if not is_complete(folder, manifest):
                 size = manifest.size_in_bytes() / 1e9
@@ -328,8 +368,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _progress(self, done: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-        """A progress bar over optimiser steps with loss, tokens/s and time left."""
+    def _progress(self, done: int) -> Iterator[Callable[[int, dict[str, float]], float]]:
+        """A progress bar over optimiser steps with loss, tokens/s (which it returns) and time left."""
         tokens_until = list(itertools.accumulate(map(self._tokens, self.plan), initial=0))
         columns = (
             TextColumn("{task.description}"),
@@ -342,7 +382,7 @@ class Trainer:
         with Progress(*columns, console=self.console, disable=not self.accelerator.is_main_process) as bar:
             task = bar.add_task("training", total=len(self.plan), completed=done, loss=math.nan, speed=0.0)
 
-            def show(done: int, losses: dict[str, float]) -> None:
+            def show(done: int, losses: dict[str, float]) -> float:
                 speed = (tokens_until[done] - tokens_until[first]) / (time.monotonic() - start)
                 steps = self.plan[done - 1].stage.draft_steps
                 bar.update(
@@ -352,51 +392,28 @@ class Trainer:
                     speed=speed,
                     description=f"training, {steps} draft step{'s' * (steps > 1)}",
                 )
+                return speed
 
             yield show
 
-    def _export(self, acceptance: Acceptance, log: RunLog) -> Path:
+    def _export(self, acceptance: Acceptance | None, log: RunLog) -> Path:
         folder = self.config.output / "head"
         if self.accelerator.is_main_process:
             positions = sum(map(self._tokens, self.plan))
-            history = [row for row in log.rows() if row["kind"] == "validation"]
-            manifest = self.train_data.manifest.model_dump()
-            card = model_card(self.head_config, self.config, manifest, history, acceptance, positions)
+            manifest = self.train_data.manifest
+            card = model_card(self.head_config, self.config, manifest, log.rows(), acceptance, positions)
             tensors = self.head.state_dict()
             if self.vocabulary is not None:
                 tensors |= draft_vocabulary_tensors(self.vocabulary.target_ids, self.head_config.vocab_size)
             export_head(folder, self.config.head_name, self.head_config, tensors, card)
-            self.console.print(
-                f"acceptance length {acceptance.acceptance_length:.3f} (simulated); head in {folder}"
+            measured = (
+                f"acceptance length {acceptance.acceptance_length:.3f} (simulated)"
+                if acceptance
+                else "no validation answers"
             )
+            self.console.print(f"{measured}; head in {folder}")
         self.accelerator.wait_for_everyone()
         return folder
-
-
-class RunLog:
-    """``log.jsonl`` and tensorboard events of one run; rows past a resumed checkpoint are dropped."""
-
-    def __init__(self, output: Path, done: int, *, writes: bool) -> None:
-        self.path, self.writes = output / "log.jsonl", writes
-        if not writes:
-            return
-        rows = [row for row in self.rows() if row["step"] <= done]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=done)
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
 def claim_output(config: TrainConfig) -> None:
@@ -408,16 +425,17 @@ def claim_output(config: TrainConfig) -> None:
     path = config.output / "config.json"
     settings = config.model_dump(mode="json")
     if path.is_file():
-        before = read_json(path)
+        # a setting that is younger than the run has its default there
+        before = TrainConfig.check(read_json(path), path).model_dump(mode="json")
         for name, value in settings.items():
-            if before.get(name) != value:
-                raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another output folder")
+            if before[name] != value:
+                raise GriffinError.at(path, name, before[name], f"{value!r}; name another output folder")
         return
     try:
         config.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     except OSError as error:
         raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
+    write_whole(path, json.dumps(settings, indent=2))
 
 
 def head_config(
@@ -478,26 +496,37 @@ def plan_steps(data: TokenDataset, config: TrainConfig) -> list[PlannedStep]:
         raise GriffinError(f"{data.folder}: has no sample to train on (loops: {config.loops})")
     lengths = data.lengths[samples]
     tokens, n = config.batch_tokens // config.gradient_accumulation, config.gradient_accumulation
-    plan: list[PlannedStep] = []
+    planned: list[list[list[list[int]]]] = []  # stage, step, micro-batch, sample
     epoch = 0
     for stage in config.stages:
-        left = stage.epochs
+        left, steps = stage.epochs, []
         while left > 0:
             buckets = [[samples[i] for i in b] for b in length_buckets(lengths, tokens, config.seed, epoch)]
             buckets = buckets[: max(1, round(min(left, 1.0) * len(buckets)))]
-            plan += [PlannedStep(stage, buckets[i : i + n]) for i in range(0, len(buckets), n)]
+            steps += [buckets[i : i + n] for i in range(0, len(buckets), n)]
             left, epoch = left - 1, epoch + 1
+        planned.append(steps)
+    plan: list[PlannedStep] = []
+    total = sum(map(len, planned))
+    for stage, steps in zip(config.stages, planned, strict=True):
+        for i, micro_batches in enumerate(steps):
+            rate = (
+                learning_rate(config, config.learning_rate, len(plan), total)
+                if stage.learning_rate is None
+                else learning_rate(config, stage.learning_rate, i, len(steps))
+            )
+            plan.append(PlannedStep(stage, micro_batches, rate))
     return plan
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+def learning_rate(config: TrainConfig, peak: float, step: int, steps: int) -> float:
     """The rate of optimiser step ``step`` of ``steps``: linear warm-up, then the schedule down to zero."""
     warmup = round(config.warmup * steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * falling[config.schedule]
+    return peak * falling[config.schedule]
 
 
 def acceptance_row(acceptance: Acceptance) -> dict[str, Any]:

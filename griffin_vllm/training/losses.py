@@ -48,18 +48,15 @@ class Classes:
         generator: torch.Generator,
         softcap: float | None = None,
     ) -> Classes:
-        """``keep`` (token ids, with repeats) and ``tail`` of the other tokens, drawn uniformly."""
-        V = len(lm_head)
-        kept = torch.zeros(V, dtype=torch.bool, device=lm_head.device)
-        kept[keep] = True
-        others = torch.nonzero(~kept).flatten()
+        """``keep`` (V,) bool, and ``tail`` of the other tokens, drawn uniformly."""
+        others = torch.nonzero(~keep).flatten()
         if len(others) <= tail:
             return cls.all(lm_head, softcap)
         drawn = others[torch.randperm(len(others), generator=generator)[:tail].to(others.device)]
-        ids = torch.cat([torch.nonzero(kept).flatten(), drawn])
+        ids = torch.cat([torch.nonzero(keep).flatten(), drawn])
         bias = torch.zeros(len(ids), device=lm_head.device)
         bias[-tail:] = math.log(len(others) / tail)
-        position = torch.zeros(V, dtype=torch.int64, device=lm_head.device)
+        position = torch.zeros(len(lm_head), dtype=torch.int64, device=lm_head.device)
         position[ids] = torch.arange(len(ids), device=lm_head.device)
         return cls(lm_head[ids], bias, position, softcap)
 

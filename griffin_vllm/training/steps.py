@@ -46,9 +46,11 @@ class DraftSteps(nn.Module):
         sampled_tokens: int | None,
         detach: bool,
         mean_over_processes: Callable[[Tensor], Tensor] = lambda count: count,
+        any_of_processes: Callable[[Tensor], Tensor] = lambda flags: flags,
     ) -> None:
         """``mean_over_processes`` makes every process divide by the same count of learning positions, so that
-        DDP's average over processes is the mean over the whole batch."""
+        DDP's average over processes is the mean over the whole batch; ``any_of_processes`` (of a bool tensor)
+        makes every process normalise over the tokens of the whole batch."""
         super().__init__()
         self.head = head
         self.shared = shared
@@ -57,6 +59,7 @@ class DraftSteps(nn.Module):
         self.sampled_tokens = sampled_tokens
         self.detach = detach
         self.mean_over_processes = mean_over_processes
+        self.any_of_processes = any_of_processes
 
     def forward(self, batch: Batch, steps: int, weights: StepWeights, seed: int) -> tuple[Tensor, Tensor]:
         """Run ``steps`` draft steps; ``seed`` draws the sampled vocabulary.
@@ -98,9 +101,14 @@ class DraftSteps(nn.Module):
     def _classes(self, batch: Batch, seed: int) -> Classes:
         if self.sampled_tokens is None:
             return Classes.all(self.shared.lm_head, self.shared.logit_softcap)
-        drafted = batch.next_tokens[batch.next_tokens >= 0]
-        keep = torch.cat([batch.soft.ids[batch.loss_mask].flatten(), drafted])
+        keep = torch.zeros(len(self.shared.lm_head), dtype=torch.bool, device=batch.next_tokens.device)
+        keep[batch.soft.ids[batch.loss_mask].flatten()] = True
+        keep[batch.next_tokens[batch.next_tokens >= 0]] = True
         generator = torch.Generator().manual_seed(seed)
         return Classes.sample(
-            self.shared.lm_head, keep, self.sampled_tokens, generator, self.shared.logit_softcap
+            self.shared.lm_head,
+            self.any_of_processes(keep),
+            self.sampled_tokens,
+            generator,
+            self.shared.logit_softcap,
         )

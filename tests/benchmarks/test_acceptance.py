@@ -72,14 +72,24 @@ def test_a_planted_lower_acceptance_shows(measured: dict[str, Any]) -> None:
     assert worse["position_acceptance"][0] < head["position_acceptance"][0]
 
 
-def test_a_record_says_how_it_was_measured(measured: dict[str, Any]) -> None:
+def test_a_record_says_how_it_was_measured(
+    measured: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     settings = measured["settings"]
     assert settings["versions"]["vllm"]
     assert settings["machine"]["cores"]
     assert settings["date"]
     assert len(set(settings["heads"].values())) == len(settings["heads"]) == 3
     assert settings["engine"]["dtype"] == "float32"
+    assert settings["engine"]["threads"] >= 1
+    assert settings["engine"]["cores"]
+    assert settings["arguments"]["num_speculative_tokens"] == [3]
+    assert settings["arguments"]["methods"] == "none,eagle:empty,griffin:head,griffin:worse"
+    assert settings["speculative_configs"]["none"] is None
+    assert settings["speculative_configs"]["griffin:head K=3"]["model"] == "head"
+    assert len(set(settings["first_turns"]["prompts"])) == models.CONVERSATIONS
     assert settings["prompts"]["prompts"]["conversations"] == models.CONVERSATIONS
+    assert str(tmp_path_factory.getbasetemp()) not in json.dumps(settings)
     assert not [row["head"] for row in measured["results"] if row["head"] and row["head"].startswith("/")]
 
 

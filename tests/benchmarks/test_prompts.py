@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.methods import parse_methods, runs
+from benchmarks.methods import method_name, parse_methods, runs
 from benchmarks.prompts import read_prompts
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
@@ -80,6 +80,23 @@ def test_methods_become_vllm_configs(tmp_path: Path) -> None:
         "num_speculative_tokens": 5,
         "draft_sample_method": "probabilistic",
     }
+
+
+def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(tmp_path: Path) -> None:
+    plain = tiny.write_head(tmp_path / "plain")
+    dynamic = tiny.write_head(tmp_path / "dynamic")
+    config = json.loads((dynamic / "config.json").read_text())
+    (dynamic / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.25}))
+    methods = parse_methods(f"none,griffin:{plain},griffin:{dynamic},griffin:smollm2-135m-instruct")
+    rows = [run.fields() for run in runs(methods, [3])]
+    assert [row.get("draft_vocab_size") for row in rows] == [None, None, None, 8192]
+    assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, None]
+    assert [method_name(row) for row in rows] == [
+        "none",
+        "griffin (plain)",
+        "griffin (dynamic, stops below 0.25)",
+        "griffin (smollm2-135m-instruct, 8192 tokens)",
+    ]
 
 
 def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_path: Path) -> None:

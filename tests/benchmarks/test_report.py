@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import records, report
 from griffin_vllm.errors import GriffinError
 
 SETTINGS = {
@@ -21,7 +21,8 @@ SETTINGS = {
     "versions": {"vllm": "0.32.0"},
     "environment": {"LD_PRELOAD": "libiomp5.so"},
     "prompts": {"data": {"conversations": 20, "sha256": "0"}},
-    "engine": {"dtype": "bfloat16", "compilation": "VLLM_COMPILE"},
+    "engine": {"dtype": "bfloat16", "compilation": "VLLM_COMPILE", "threads": 1},
+    "engine_differences": {"griffin:small K=5": {"block_size": 16}},
 }
 
 
@@ -39,7 +40,13 @@ def folder(tmp_path: Path) -> Path:
         row("griffin", 1, **fast),
         row("griffin", 8, **fast | {"speedup": 0.9}),
     ]
-    tau = {"acceptance_length": 2.345, "position_acceptance": [0.8, 0.545]}
+    tau = {
+        "acceptance_length": 2.345,
+        "position_acceptance": [0.8, 0.545],
+        "acceptance_length_by_turn": {"1": 2.25, "2": 2.5},
+        "acceptance_length_by_context": {"1024": 2.75, "128": 2.0, "1048576": 1.0},
+        "acceptance_length_by_repetition": {"loops": None, "varied": 2.125},
+    }
     acceptance = [
         row("griffin", 8, **tau, conversations={"a": [30, 10], "b": [60, 20]}),
         row("eagle", 8, **tau, conversations={"a": [20, 10], "b": [40, 20]}),
@@ -59,17 +66,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = [str(folder / "speed.json"), str(folder / "acceptance.json")]
+    sources = [str(folder / "speed.json"), str(folder / "acceptance.json")]
     more = ["--readme", str(folder / "README.md"), "--training", str(folder / "run")]
-    assert report.main([*records, "--out", str(folder / "out"), *more]) == 0
+    assert report.main([*sources, "--out", str(folder / "out"), *more]) == 0
     printed = capsys.readouterr().out
     assert "| data (20) | griffin (small) | 5 | 0 | 8 |" in printed
     assert "1.61 [1.50, 1.72]" in printed
     for dataset in ("data", "all"):
         assert f"| {dataset} | griffin (small) | eagle (small) | 5 | 0 | 1.500 [1.500, 1.500] |" in printed
+    groups = "turn 1 | turn 2 | context < 128 | context < 1024 | longer context | loops | varied"
+    assert f"| data set | method | K | T | {groups} |" in printed
+    assert "| data (20) | griffin (small) | 5 | 0 | 2.25 | 2.50 | 2.00 | 2.75 | 1.00 |  | 2.12 |" in printed
     assert "| 2.35 |" in printed or "| 2.34 |" in printed
     for condition in ("2026-01-02", "A <fast> CPU", "vllm 0.32.0", "bfloat16", "libiomp5.so", "3 repeats"):
         assert condition in printed
+    assert "; 1 threads; engine of griffin:small K=5 differs: block_size 16;" in printed
 
     readme = (folder / "README.md").read_text()
     assert readme.startswith("before\n")
@@ -85,6 +96,7 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
 
     page = (folder / "out" / "report.html").read_text()
     assert page.count("<svg") == 4
+    assert "<th>context &lt; 128</th>" in page
     assert "A &lt;fast&gt; CPU" in page
     assert "<script" not in page
 
@@ -117,6 +129,13 @@ def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
         ["griffin probabilistic", "eagle probabilistic"],
         ["griffin probabilistic", "ngram"],
     ]
+
+
+def test_lists_of_numbers_take_one_line_and_strings_stay_as_they_are() -> None:
+    whole = {"a": [1, 2], "b": [[0.5], []], "c": ["x,y", "[\n,  1]"], "d": [{"e": None}]}
+    text = records.indented(whole)
+    assert json.loads(text) == whole
+    assert ' "a": [1, 2],\n' in text
 
 
 def test_the_same_records_give_the_same_files(folder: Path) -> None:

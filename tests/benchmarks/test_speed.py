@@ -4,42 +4,48 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import speed
+from benchmarks import engines, served, speed
 from benchmarks.engines import Answer
-from benchmarks.methods import Method
+from benchmarks.methods import Method, Run
+from benchmarks.prompts import Conversation
 from benchmarks.speed import Sample, speedup
+from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
 
 
-def simulated(random: np.random.Generator, factor: float = 1.0, repeats: int = 3) -> list[Sample]:
+def simulated(random: np.random.Generator, factor: float = 1.0, repeats: int = 3) -> dict[str, Any]:
     """20 conversations whose speeds differ, on a machine whose engine starts differ by about 5 %."""
-    samples = []
+    found: dict[str, Any] = {"repeats": list(range(repeats)), "tokens": [], "seconds": []}
     for _ in range(repeats):
         tokens = random.integers(20, 500, 20).astype(float)
         start = random.lognormal(sigma=0.05)
-        seconds = tokens * 0.03 * factor * start * random.lognormal(sigma=0.05, size=20)
-        samples.append(Sample(tokens, seconds, [0.1], 1, 1, 1.0))
-    return samples
+        found["tokens"].append(tokens)
+        found["seconds"].append(tokens * 0.03 * factor * start * random.lognormal(sigma=0.05, size=20))
+    return found
 
 
 def test_plain_decoding_against_itself_contains_one_as_often_as_promised() -> None:
     random = np.random.default_rng(0)
     contained = 0
     for _ in range(200):
-        _, (low, high) = speedup(simulated(random), simulated(random), draws=500)
+        _, (low, high) = speedup(simulated(random), simulated(random), draws=500) or (0, (0, 0))
         contained += low <= 1.0 <= high
     assert contained >= 180
 
 
 def test_a_slow_down_of_a_third_is_told_from_noise() -> None:
     random = np.random.default_rng(0)
-    ratio, (low, high) = speedup(simulated(random, 1.5), simulated(random))
+    ratio, (low, high) = speedup(simulated(random, 1.5), simulated(random)) or (0, (0, 0))
     assert low < ratio < high < 1.0
     assert ratio == pytest.approx(1 / 1.5, rel=0.15)
 
@@ -49,8 +55,8 @@ def test_turns_of_a_conversation_are_drawn_together() -> None:
         return Answer(conversation, turn, 9, tokens=[0] * 5, emitted=[1, 2, 2], times=[1.0, 2.0, 4.0])
 
     sample = Sample.of([answer("a", 0), answer("a", 1), answer("b", 0)], wall_seconds=9.0)
-    assert sample.tokens.tolist() == [8, 4]
-    assert sample.seconds.tolist() == [6, 3]
+    assert sample.tokens == {"a": 8, "b": 4}
+    assert sample.seconds == {"a": 6, "b": 3}
     assert sample.passes == 6
 
 
@@ -84,6 +90,147 @@ def test_a_planted_sleep_in_the_proposer_is_seen_and_plain_decoding_equals_itsel
     assert again["speedup_ci"][0] < 1.1
     assert again["speedup_ci"][1] > 0.9
     assert plain["repeats"] == 3
+    # what the ratio and its interval are computed from is in the record
+    ratio, bounds = speedup(griffin["samples"], plain["samples"]) or (0, (0, 0))
+    assert (ratio, list(bounds)) == (griffin["speedup"], griffin["speedup_ci"])
+    assert len(griffin["samples"]["conversations"]) == models.CONVERSATIONS
+    # a target step takes a tenth of a second and gives up to four tokens
+    percentiles = list(griffin["time_per_output_token_ms_percentiles"].values())
+    assert 25 <= percentiles[0] <= percentiles[1] <= percentiles[2]
+
+
+@contextmanager
+def synthetic_engines() -> Iterator[list[str]]:
+    """Engines whose step times are drawn with a fixed seed and grow by a quarter with each draft, all of which are
+    accepted; yields the labels of those that were started."""
+    random = np.random.default_rng(3)
+    started: list[str] = []
+
+    @contextmanager
+    def start(run: Run, **_: Any) -> Iterator[Any]:
+        started.append(run.label)
+        drafts = run.num_speculative_tokens
+        step = 0.03 * (1 + drafts / 4) * random.lognormal(sigma=0.03)
+        yield SimpleNamespace(step=step, drafts=drafts, get_tokenizer=lambda: None)
+
+    def answer(llm: Any, conversations: Sequence[Conversation], **_: Any) -> list[Answer]:
+        found = []
+        for conversation in conversations:
+            for turn in range(len(conversation.turns)):
+                emitted = [1] + [1 + llm.drafts] * int(random.integers(10, 40))
+                steps = llm.step * random.lognormal(sigma=0.1, size=len(emitted))
+                tokens = [0] * sum(emitted)
+                found.append(Answer(conversation.id, turn, 9, tokens, emitted, list(np.cumsum(steps))))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "start", start)
+        patch.setattr(engines, "answer", answer)
+        patch.setattr(engines, "resolved_settings", lambda llm: {})
+        patch.setattr(engines, "fitting", lambda tokenizer, conversations, *_: conversations)
+        patch.setattr(speed, "_on_cpu", lambda: False)
+        yield started
+
+
+def prompt_file(folder: Path, name: str, conversations: int) -> Path:
+    path = folder / f"{name}.jsonl"
+    lines = [json.dumps({"turns": [f"{name} {i}", "and then?"]}) for i in range(conversations)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_plain_decoding_against_itself_contains_one_from_answers_to_record(tmp_path: Path) -> None:
+    prompt_file(tmp_path, "prompts", 20)
+    with synthetic_engines() as started:
+        assert speed.main(models.arguments(tmp_path, "none,none,ngram", "--concurrency", "4")) == 0
+    assert started == [
+        *("none", "none", "ngram K=3"),
+        *("none", "ngram K=3", "none"),
+        *("ngram K=3", "none", "none"),
+    ]
+    plain, again, ngram = models.record(tmp_path)["results"]
+    low, high = again["speedup_ci"]
+    assert low <= 1.0 <= high
+    assert "speedup_ci" not in plain
+    # four tokens in the time of 1.75
+    assert ngram["speedup_ci"][0] <= 4 / 1.75 <= ngram["speedup_ci"][1]
+
+
+def test_a_row_at_the_best_k_of_a_tuning_record_stands_beside_the_fixed_one(tmp_path: Path) -> None:
+    others = prompt_file(tmp_path, "others", 4)
+    prompt_file(tmp_path, "prompts", 4)
+    tuning, load = tmp_path / "tuning.json", ("--concurrency", "1")
+    swept = ("--prompts", str(others), "--num-speculative-tokens", "1,4,2", "--json", str(tuning))
+    with synthetic_engines():
+        assert speed.main(models.arguments(tmp_path, "none,ngram", *load, *swept)) == 0
+        more = (*load, "--best-k-from", str(tuning))
+        assert speed.main(models.arguments(tmp_path, "none,ngram", *more)) == 0
+        rows = [
+            (row["method"], row["num_speculative_tokens"], row.get("best_k"))
+            for row in models.record(tmp_path)["results"]
+        ]
+        assert rows == [("none", 0, None), ("ngram", 3, None), ("ngram", 4, True)]
+
+        # a tuning record that shares one prompt with those that are measured
+        others.write_text(json.dumps({"turns": ["prompts 2"]}))
+        assert speed.main(models.arguments(tmp_path, "none,ngram", *load, *swept)) == 0
+        with pytest.raises(GriffinError, match="holds 1 of the 4 prompts of prompts"):
+            speed.main(models.arguments(tmp_path, "none,ngram", *more))
+
+
+@pytest.mark.parametrize("field", ["machine.cpu", "machine.cores", "versions.vllm", "first_turns"])
+def test_a_tuning_record_of_another_machine_or_vllm_or_without_its_prompts_is_refused(
+    tmp_path: Path, field: str
+) -> None:
+    ours = {"machine": {"cpu": "a", "cores": 2}, "versions": {"vllm": "1"}, "first_turns": {"data": ["x"]}}
+    theirs = {**json.loads(json.dumps(ours)), "first_turns": {"other": ["y"]}}
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"settings": theirs}))
+    speed.check_tuning_record(path, ours)
+    group, _, name = field.partition(".")
+    if name:
+        theirs[group][name] = "another"
+    else:
+        del theirs[group]
+    path.write_text(json.dumps({"settings": theirs}))
+    with pytest.raises(GriffinError, match=f"settings.{field} is"):
+        speed.check_tuning_record(path, ours)
+
+
+def test_served_methods_take_turns_and_the_median_counts_with_the_clients_command_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_file(tmp_path, "prompts", 4)
+    times = {"none": [30.0, 90.0, 33.0], "ngram K=3": [20.0, 22.0, 80.0]}
+    running: list[str] = []
+
+    @contextmanager
+    def server(run: Run, arguments: dict[str, Any]) -> Iterator[Any]:
+        running.append(run.label)
+        yield SimpleNamespace(url="http://127.0.0.1:1")
+
+    def client(command: list[str], **_: Any) -> None:
+        assert command[1:3] == ["bench", "serve"]
+        options = dict(pairwise(command))
+        assert len(json.loads(Path(options["--dataset-path"]).read_text())) == 4
+        time_per_token = times[running[-1]][running.count(running[-1]) - 1]
+        result = {
+            "completed": 4,
+            "output_throughput": 1000 / time_per_token,
+            "mean_tpot_ms": time_per_token,
+            "median_ttft_ms": 100.0,
+        }
+        (Path(options["--result-dir"]) / options["--result-filename"]).write_text(json.dumps(result))
+
+    monkeypatch.setattr(served, "server", server)
+    monkeypatch.setattr(served.subprocess, "run", client)
+    more = ("--served", "--concurrency", "2")
+    assert speed.main(models.arguments(tmp_path, "none,ngram", *more)) == 0
+    assert running == ["none", "ngram K=3", "ngram K=3", "none", "none", "ngram K=3"]
+    plain, ngram = models.record(tmp_path)["results"]
+    assert [plain["time_per_output_token_ms"], ngram["time_per_output_token_ms"]] == [33.0, 22.0]
+    assert (plain["repeats"], plain["num_prompts"], plain["speedup"]) == (3, 4, 1.0)
+    assert ngram["speedup"] == pytest.approx(1.5)
 
 
 def test_the_best_number_of_draft_tokens_comes_from_the_tuning_record(tmp_path: Path) -> None:

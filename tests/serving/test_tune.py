@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from griffin_vllm.checkpoint import open_head, weights_digest
 from griffin_vllm.cli import app
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import choose
+from griffin_vllm.serving.tune import PROMPTS, alone_with, choose
+from griffin_vllm.serving.tune_depth import Chain, Depth
 from griffin_vllm.serving.tuning import (
     TUNING_FILE,
     Point,
@@ -193,6 +194,14 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     options = ["--max-k", "2", "--batch-sizes", "1,2", "--tokens", "16", "--explain"]
     engine = ["--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", str(1 << 26)]
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    chains = []
+
+    def chosen(found: list[Chain], points: list[Point], static: int) -> Depth:
+        assert [one.num_speculative_tokens for one in points] == [0, 1, 2]
+        chains.extend(found)
+        return Depth(2, 0.25)
+
+    monkeypatch.setattr("griffin_vllm.serving.tune.choose_depth", chosen)
     # not through CliRunner: vLLM 0.28 wants a standard output that is a file
     app(["tune", target, str(head), *options, *engine], standalone_mode=False)
     found = read_tuning(open_head(head))
@@ -206,12 +215,25 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     lengths = [acceptance_length(found.position_acceptance, k) for k in (1, 2)]
     assert lengths[1] > lengths[0] > 1.1
 
+    # every round of the answers given one at a time: 16 tokens, the first from the prefill
+    assert sum(1 + chain.accepted for chain in chains) == len(PROMPTS) * 15
+    assert {len(chain.likelihoods) for chain in chains} == {2}
+    assert all(0 < chain.likelihoods[1] <= chain.likelihoods[0] <= 1 for chain in chains)
+
     write_tuning(head / TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
 
     def configured(**asked: object) -> object:
         arguments = EngineArgs(model=target, max_model_len=128, spec_model=f"griffin:{head}", **asked)
-        speculative = arguments.create_engine_config().speculative_config
-        return speculative.num_speculative_tokens, speculative.num_speculative_tokens_per_batch_size
+        config = arguments.create_engine_config().speculative_config
+        stop = config.draft_model_config.hf_config.draft_stop_probability
+        return config.num_speculative_tokens, config.num_speculative_tokens_per_batch_size, stop
 
-    assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)])
-    assert configured(spec_tokens=3) == (3, None)
+    assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)], 0.25)
+    assert configured(spec_tokens=3) == (3, None, 0.0)
+
+
+def test_one_request_alone_can_have_a_depth_of_its_own() -> None:
+    schedule = [(1, 4, 2), (5, 16, 0)]
+    assert alone_with(2, schedule) == schedule
+    assert alone_with(4, schedule) == [(1, 1, 4), (2, 4, 2), (5, 16, 0)]
+    assert alone_with(4, [(1, 1, 2), (2, 16, 0)]) == [(1, 1, 4), (2, 16, 0)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.features import SHARED, CacheManifest, FeatureCache, is_complete, write_cache
+from griffin_vllm.training.features import (
+    MANIFEST,
+    SHARED,
+    CacheManifest,
+    FeatureCache,
+    check_caches,
+    is_complete,
+    weights_digest,
+    write_cache,
+)
 from griffin_vllm.training.target import Target, target_config
 from tests.full_disk import full_disk
 
@@ -84,3 +97,61 @@ def test_full_disk_leaves_no_half_of_a_shard(target: Path, data: Path, tmp_path:
         write(tmp_path, target, data)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     assert is_complete(tmp_path, write(tmp_path, target, data))
+
+
+def test_room_on_the_disk_is_asked_for_all_splits_together_and_only_for_what_is_missing(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = target_config(target)
+    caches = {
+        tmp_path / "new" / split: CacheManifest.of(target, config, TokenDataset(data, split), 4)
+        for split in ("train", "validation")
+    }
+    sizes = {folder.name: manifest.size_in_bytes() for folder, manifest in caches.items()}
+    disk = SimpleNamespace(free=max(sizes.values()))
+    monkeypatch.setattr("griffin_vllm.training.features.shutil.disk_usage", lambda path: disk)
+    with pytest.raises(GriffinError, match=r"train, .*validation: the feature cache takes .* GB more"):
+        check_caches(caches)
+    assert not (tmp_path / "new").exists()
+    disk.free = sum(sizes.values())
+    check_caches(caches)
+    write(tmp_path / "new" / "train", target, data)
+    disk.free = sizes["validation"]
+    check_caches(caches)
+    disk.free -= 1
+    with pytest.raises(GriffinError, match="the feature cache takes"):
+        check_caches(caches)
+
+
+def test_split_without_samples_has_an_empty_cache(target: Path, data: Path, tmp_path: Path) -> None:
+    manifest = CacheManifest.of(target, target_config(target), TokenDataset(data, "train"), 4)
+    manifest = replace(manifest, lengths=[])
+    write_cache(tmp_path, Target(target, torch.device("cpu")), [], manifest)
+    assert is_complete(tmp_path, manifest)
+    assert FeatureCache(tmp_path, manifest).shared_weights().embed_tokens.shape[1] == manifest.hidden_size
+
+
+def test_cache_of_another_target_in_a_folder_of_the_same_name_is_refused(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "features", target, data)
+    other = tmp_path / "other" / target.name
+    shutil.copytree(target, other)
+    assert weights_digest(other) == weights_digest(target)
+    tensors = read(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] += 0.1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GriffinError, match="holds features of another target or data set"):
+        write(tmp_path / "features", other, data)
+
+
+def test_cache_that_is_older_than_the_digest_of_the_weights_is_read(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    manifest = write(tmp_path, target, data)
+    stored = json.loads((tmp_path / MANIFEST).read_text())
+    assert stored.pop("target_weights") == manifest.target_weights
+    (tmp_path / MANIFEST).write_text(json.dumps(stored))
+    assert is_complete(tmp_path, manifest)
+    (tmp_path / MANIFEST).write_text(json.dumps(stored | {"top_k": 5}))
+    assert not is_complete(tmp_path, manifest)

@@ -151,7 +151,8 @@ def test_sampled_vocabulary_estimates_the_full_cross_entropy() -> None:
             ).p
         )
 
-    keep = torch.cat([targets.ids.flatten(), tokens])
+    keep = torch.zeros(2000, dtype=torch.bool)
+    keep[torch.cat([targets.ids.flatten(), tokens])] = True
     sampled = [
         p(Classes.sample(lm_head, keep, 300, torch.Generator().manual_seed(seed))) for seed in range(20)
     ]

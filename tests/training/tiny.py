@@ -35,7 +35,13 @@ def write_target(folder: Path) -> Path:
     return folder
 
 
-def write_data(folder: Path, target: Path, conversations: int = 12, answer_tokens: int = 40) -> Path:
+def write_data(
+    folder: Path,
+    target: Path,
+    conversations: int = 12,
+    answer_tokens: int = 40,
+    validation_share: float = 0.3,
+) -> Path:
     """A token dataset of the target's own greedy answers."""
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = LlamaForCausalLM.from_pretrained(target)
@@ -56,5 +62,5 @@ def write_data(folder: Path, target: Path, conversations: int = 12, answer_token
         records.append({"id": f"talk{number}", "conversations": [{"from": "human", "value": question}, turn]})
     source = folder.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    prepare(str(target), [str(source)], folder, validation_share=0.3)
+    prepare(str(target), [str(source)], folder, validation_share=validation_share)
     return folder

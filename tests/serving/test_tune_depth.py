@@ -1,0 +1,43 @@
+"""The threshold of `griffin tune` is the one that a round's costs and the head's certainty ask for."""
+
+from __future__ import annotations
+
+import pytest
+
+from griffin_vllm.serving.tune_depth import Chain, Depth, choose_depth, drafts_made
+from griffin_vllm.serving.tuning import Point
+
+
+def points(*step_ms: float) -> list[Point]:
+    return [
+        Point(batch_size=1, num_speculative_tokens=k, step_ms=ms, acceptance_length=1, tokens_per_second=1)
+        for k, ms in enumerate(step_ms)
+    ]
+
+
+SURE, UNSURE = Chain([0.9, 0.8, 0.7, 0.6], 4), Chain([0.3, 0.1, 0.05, 0.01], 0)
+
+
+@pytest.mark.parametrize(
+    ("depth", "made"),
+    [(Depth(4, 0.0), 4), (Depth(2, 0.0), 2), (Depth(4, 0.2), 2), (Depth(4, 0.5), 1), (Depth(1, 0.2), 1)],
+)
+def test_the_draft_that_makes_a_chain_unlikely_is_the_last(depth: Depth, made: int) -> None:
+    assert drafts_made(UNSURE, depth) == made
+    assert drafts_made(SURE, depth) == depth.num_speculative_tokens
+
+
+def test_a_head_that_knows_when_it_is_right_drafts_deep_and_stops_early() -> None:
+    best = choose_depth([SURE, UNSURE, UNSURE], points(30, 33, 36, 39, 42), 1)
+    assert best.num_speculative_tokens == 4
+    assert 0.3 < best.draft_stop_probability <= 0.6
+
+
+def test_a_head_whose_certainty_says_nothing_gets_no_threshold() -> None:
+    alike = [Chain([0.5, 0.25, 0.125, 0.06], accepted) for accepted in (0, 1, 4)]
+    assert choose_depth(alike, points(30, 33, 36, 39, 42), 4) == Depth(4, 0.0)
+
+
+def test_nothing_is_chosen_from_nothing() -> None:
+    assert choose_depth([], points(30, 33, 36), 2) == Depth(2, 0.0)
+    assert choose_depth([SURE], points(30, 33), 1) == Depth(1, 0.0)
