@@ -109,10 +109,6 @@ class Trainer:
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
         self.plan = plan_steps(self.train_data, config)
-        if not len(self.validation_data):
-            raise GriffinError(
-                f"{config.data}: has no sample to validate on; prepare it with a larger --validation"
-            )
         self.hf_config = target_config(config.target)
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)

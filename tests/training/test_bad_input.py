@@ -274,10 +274,6 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: empty_split("train"),
         r"data: has no sample to train on \(loops: keep\)",
     ),
-    "no sample to validate on": (
-        lambda: empty_split("validation", features="features"),
-        "data: has no sample to validate on; prepare it with a larger --validation",
-    ),
     "no sample but looping ones, which are dropped": (
         lambda: all_loop(loops="drop"),
         r"data: has no sample to train on \(loops: drop\)",
