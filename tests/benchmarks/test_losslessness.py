@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def test_one_planted_wrong_token_is_the_one_wrong_answer(tmp_path: Path) -> None
     models.write_models(tmp_path)
     original, calls = RejectionSampler.forward, 0
 
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         output = original(self, *args, **kwargs)
