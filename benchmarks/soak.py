@@ -16,8 +16,8 @@ Status 1 unless, for every method,
 - the acceptance length of the last window is that of the first on the same questions. A window is five minutes,
   or a sixth of the run; the same sequence of requests begins anew with the last one;
 - no process grew by more than ``--max-growth-mib`` after the first window. Before the traffic, prompts of many
-  different lengths fill what vLLM's CPU build keeps for each number of tokens in a step (oneDNN's products, 128 a
-  layer's product, some 3 MiB for all layers on a small target; plain vLLM does the same);
+  different lengths fill what vLLM's CPU build keeps for each number of tokens in a step (oneDNN's products, up to 128
+  for each weight; some 3 MiB for all weights of a small target, with or without a speculator);
 - the server ended with status 0 at SIGTERM and left no process behind.
 """
 
@@ -65,8 +65,10 @@ STREAMED_SHARE = 0.5
 SECONDS_AT_A_LOAD = 15.0
 # A request that takes longer is lost.
 PATIENCE = 600.0
-# Lengths of the prompts before the traffic: more of them than oneDNN's products that vLLM keeps.
-WARM_UP_LENGTHS = range(40, 200)
+# Prompts before the traffic: more of them than oneDNN's products that vLLM keeps, and up to as long as what the prefix
+# cache leaves of most, since those of larger steps are larger.
+WARM_UP_PROMPTS = 135
+WARM_UP_LONGEST = 330
 # So many lost requests mean that the server is gone; there is no point in going on.
 MAX_LOST = 50
 COLUMNS = (
@@ -339,9 +341,10 @@ class Traffic:
     async def run(self) -> None:
         """Send for ``seconds`` after a warm-up, then wait for what is under way."""
         async with _client(self.server.url) as client:
-            for length in WARM_UP_LENGTHS:
-                # a token that every vocabulary has, and another where the prefix cache could know the beginning
-                prompt = [1 + length % 90] * length
+            for number in range(1, WARM_UP_PROMPTS):
+                length = 1 + number * WARM_UP_LONGEST // WARM_UP_PROMPTS
+                # tokens that every vocabulary has, at once another than those of any prompt before
+                prompt = [1 + number // 50, *[1 + number % 50] * (length - 1)]
                 await client.completions.create(model=self.model, prompt=prompt, max_tokens=1)
             self.began = time.monotonic()
             sampling = asyncio.create_task(self._sample())
