@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,9 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 def execute(main: Callable[[Sequence[str] | None], int]) -> None:
-    """Run a script's ``main``: bad input ends in one line and exit status 2."""
+    """Run a script's ``main``: bad input ends in one line and exit status 2; SIGTERM ends it as Ctrl-C does, so that
+    no engine is left behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main(None))
     except GriffinError as error:

@@ -332,6 +332,7 @@ class Traffic:
     seconds: float
     window: float
     max_tokens: int
+    longest_warm_up: int
     sent: int = 0
     replies: list[Reply] = field(default_factory=list)
 
@@ -342,7 +343,7 @@ class Traffic:
         """Send for ``seconds`` after a warm-up, then wait for what is under way."""
         async with _client(self.server.url) as client:
             for number in range(1, WARM_UP_PROMPTS):
-                length = 1 + number * WARM_UP_LONGEST // WARM_UP_PROMPTS
+                length = 1 + number * self.longest_warm_up // WARM_UP_PROMPTS
                 # tokens that every vocabulary has, at once another than those of any prompt before
                 prompt = [1 + number // 50, *[1 + number % 50] * (length - 1)]
                 await client.completions.create(model=self.model, prompt=prompt, max_tokens=1)
@@ -486,6 +487,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     seconds,
                     window,
                     args.max_tokens,
+                    min(WARM_UP_LONGEST, args.max_model_len - 2),
                 )
                 asyncio.run(traffic.run())
                 row = _measured(traffic, expected, tokenizer, args)
