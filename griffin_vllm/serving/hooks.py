@@ -232,13 +232,14 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
         if resolved is None:
             return original(self, target_model_config, target_parallel_config)
         check_fits()
-        tuned = {key: resolved.pop(key) for key in (STOP_PROBABILITY,) if key in resolved}
+        tuned_stop = resolved.pop(STOP_PROBABILITY, None)
         args = copy.copy(self)
         args.speculative_config = resolved
         args.spec_method = args.spec_model = args.spec_tokens = None
         config = original(args, target_model_config, target_parallel_config)
-        # the way by which the head's config reaches the workers
-        config.draft_model_config.hf_config.update(tuned)
+        if tuned_stop is not None:
+            # the way by which the head's config reaches the workers
+            config.draft_model_config.hf_config.update({STOP_PROBABILITY: tuned_stop})
         return config
 
     create_speculative_config.griffin = True  # type: ignore[attr-defined]
