@@ -81,20 +81,21 @@ def check_fits() -> None:
     """
     import vllm
 
-    if _is_too_old(vllm.__version__):
-        _misfits["version"] = "it is too old"
     for point in _points():
         if point.on_import:
             _touch(point)
+    misfits = list(_misfits.values())
+    if _is_too_old(vllm.__version__):
+        misfits.append("it is too old")
     for module, _, need in (entry.partition(":") for entry in (*OUR_IMPORTS, *RELIED_ON)):
         try:
             _expect(importlib.import_module(module), need)
         except (ImportError, AttributeError, DoesNotFitError) as error:
-            _misfits[f"{module}:{need}"] = f"{module} ({error})"
-    if _misfits:
+            misfits.append(f"{module} ({error})")
+    if misfits:
         raise GriffinError(
             f"griffin-vllm (for vLLM {SUPPORTED_VLLM}) does not fit vLLM {vllm.__version__}: "
-            + "; ".join(_misfits.values())
+            + "; ".join(misfits)
         )
 
 
@@ -179,17 +180,23 @@ def _expect(module: ModuleType, need: str) -> None:
 
 
 def _sets_on_self(owner: Any, attribute: str) -> bool:
-    """Whether a method of the class ``owner``, or of a base, sets ``attribute`` of some object."""
+    """Whether a method of the class ``owner``, or of a base, sets ``attribute`` of some object.
+
+    Also where that cannot be known: something else has put its own function around one of the methods.
+    """
     methods = (
-        method
+        (base, inspect.unwrap(method))
         for base in getattr(owner, "__mro__", ())
         for method in vars(base).values()
         if inspect.isfunction(method)
     )
     return any(
-        instruction.opname == "STORE_ATTR" and instruction.argval == attribute
-        for method in methods
-        for instruction in dis.get_instructions(inspect.unwrap(method))
+        method.__globals__["__name__"] != base.__module__
+        or any(
+            instruction.opname == "STORE_ATTR" and instruction.argval == attribute
+            for instruction in dis.get_instructions(method)
+        )
+        for base, method in methods
     )
 
 

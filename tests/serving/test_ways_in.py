@@ -345,6 +345,18 @@ def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
         hooks._expect(module, "Thing.gone")
 
 
+def test_a_class_that_another_plugin_has_wrapped_still_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    original = Scheduler.__init__
+
+    def wrapped(self: Scheduler, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "__init__", wrapped)
+    hooks.check_fits()
+
+
 @pytest.mark.parametrize("version", ["0.27.9", "0.28.0rc1"])
 def test_a_vllm_that_is_too_old_is_refused_only_when_griffin_is_asked_for(
     target: Path, head: Path, version: str, monkeypatch: pytest.MonkeyPatch
