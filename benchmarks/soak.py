@@ -15,9 +15,10 @@ Status 1 unless, for every method,
 - no text goes on behind its stop string, and finished JSON answers fit their schema;
 - the acceptance length of the last window is that of the first on the same questions. A window is five minutes,
   or a sixth of the run; the same sequence of requests begins anew with the last one;
-- no process grew by more than ``--max-growth-mib`` after the first window. Before the traffic, prompts of many
-  different lengths fill what vLLM's CPU build keeps for each number of tokens in a step (oneDNN's products, up to 128
-  for each weight; some 3 MiB for all weights of a small target, with or without a speculator);
+- no process grew by more than ``--max-growth-mib`` after the first window. vLLM's CPU build keeps an oneDNN product
+  for each weight and each number of tokens in a step, some 3 MiB for all weights of a small target, with or without
+  a speculator. So steps have at most 128 tokens here, longer prompts come in parts, and before the traffic one
+  prompt of each length up to that brings every size of a step;
 - the server ended with status 0 at SIGTERM and left no process behind.
 """
 
@@ -65,10 +66,8 @@ STREAMED_SHARE = 0.5
 SECONDS_AT_A_LOAD = 15.0
 # A request that takes longer is lost.
 PATIENCE = 600.0
-# Prompts before the traffic: more of them than oneDNN's products that vLLM keeps, and up to as long as what the prefix
-# cache leaves of most, since those of larger steps are larger.
-WARM_UP_PROMPTS = 135
-WARM_UP_LONGEST = 330
+# Tokens of a step at most: room for 16 requests with 6 drafts each.
+STEP_TOKENS = 128
 # So many lost requests mean that the server is gone; there is no point in going on.
 MAX_LOST = 50
 COLUMNS = (
@@ -332,7 +331,6 @@ class Traffic:
     seconds: float
     window: float
     max_tokens: int
-    longest_warm_up: int
     sent: int = 0
     replies: list[Reply] = field(default_factory=list)
 
@@ -342,10 +340,9 @@ class Traffic:
     async def run(self) -> None:
         """Send for ``seconds`` after a warm-up, then wait for what is under way."""
         async with _client(self.server.url) as client:
-            for number in range(1, WARM_UP_PROMPTS):
-                length = 1 + number * self.longest_warm_up // WARM_UP_PROMPTS
-                # tokens that every vocabulary has, at once another than those of any prompt before
-                prompt = [1 + number // 50, *[1 + number % 50] * (length - 1)]
+            for length in range(1, STEP_TOKENS + 1):
+                # tokens that every vocabulary has, at once others than those of any prompt before: nothing is cached
+                prompt = [1 + length // 50, *[1 + length % 50] * (length - 1)]
                 await client.completions.create(model=self.model, prompt=prompt, max_tokens=1)
             self.began = time.monotonic()
             sampling = asyncio.create_task(self._sample())
@@ -459,7 +456,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     asked = questions(tokenizer, sets, args.max_tokens, args.max_model_len)
     record = records.Record("soak", args, sets)
-    arguments = records.engine_arguments(args) | {"enable_prefix_caching": True}
+    arguments = records.engine_arguments(args) | {
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": STEP_TOKENS,
+    }
     compilation = "eager" if args.enforce_eager else "compiled"
     record.settings |= {"minutes": args.minutes, "near_tie": NEAR_TIE[args.dtype]}
     record.settings["engine"] = {**arguments, "model": records.shown(args.target), "compilation": compilation}
@@ -487,7 +487,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     seconds,
                     window,
                     args.max_tokens,
-                    min(WARM_UP_LONGEST, args.max_model_len - 2),
                 )
                 asyncio.run(traffic.run())
                 row = _measured(traffic, expected, tokenizer, args)

@@ -468,8 +468,8 @@ RELIED_ON = (
     "vllm.model_executor.models.llama:LlamaAttention.rotary_emb",
     "vllm.model_executor.models.llama:LlamaAttention.attn",
 )
-# The same for the V2 model runner, which loads the head by itself. Only looked up in sources: the V2 runner has
-# not run here, and a name that it lacks ends in an error of its own.
+# The same for the V2 model runner, which loads the head by itself. Only looked up in sources: of the V2 runner
+# nothing but its loader has run here, and a name that it lacks ends in an error of its own.
 RELIED_ON_BY_V2 = (
     "vllm.v1.worker.gpu.spec_decode.eagle.utils:load_eagle_model(target_model, vllm_config)",
     "vllm.v1.worker.gpu.spec_decode.eagle.speculator:EagleSpeculator",
