@@ -217,6 +217,14 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
     config, where = head.config, head.folder / CONFIG_FILE
     # A multimodal target's own model type is never one of the families, its text model's may be.
     config.check_target(where, target.hf_config.model_type, target.get_hidden_size(), target.get_vocab_size())
+    quantization = getattr(target.hf_config, "quantization_config", None) or {}
+    if config.draft_vocab_size < config.vocab_size and quantization.get("lm_head"):
+        raise GriffinError.at(
+            target.model,
+            "quantization_config.lm_head",
+            quantization["lm_head"],
+            "false (a reduced draft vocabulary takes rows of lm_head)",
+        )
     if target.runner_type != "generate":
         raise GriffinError.at(target.model, "runner", target.runner_type, "'generate'")
     if parallel.pipeline_parallel_size > 1:

@@ -27,6 +27,7 @@ pytest.importorskip("vllm")
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from griffin_vllm.convert import convert
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.speculative_config import resolve
 from tests.serving import tiny
@@ -545,6 +546,21 @@ def test_a_target_of_another_family_is_refused(vllm: VllmCommand, models: Path, 
         "griffin_vllm.errors.GriffinError: target: model_type is 'gpt2', expected a text model of one of"
     )
     assert line.startswith(expected), line
+
+
+def test_a_reduced_vocabulary_is_refused_for_a_target_that_says_its_lm_head_is_quantised(
+    models: Path, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(models / "target", tmp_path / "target"))
+    config = json.loads((target / "config.json").read_text())
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    (target / "config.json").write_text(
+        json.dumps(config | {"quantization_config": quantization | {"lm_head": True}})
+    )
+    convert(models / "head", tmp_path / "head", draft_vocabulary=torch.arange(9))
+    configure(models, model=str(target), spec_model=f"griffin:{models / 'head'}")
+    with pytest.raises(GriffinError, match=r"target: quantization_config\.lm_head is True, expected false"):
+        configure(models, model=str(target), spec_model=f"griffin:{tmp_path / 'head'}")
 
 
 def test_a_head_that_names_no_target_cannot_be_served_alone(models: Path) -> None:
