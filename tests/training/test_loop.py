@@ -37,7 +37,7 @@ from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.export import model_card
 from griffin_vllm.training.loop import Trainer, claim_output, learning_rate, plan_steps
 from griffin_vllm.training.run_log import RunLog
-from tests.full_disk import full_disk
+from tests.full_disk import full_disk, small_disk
 from tests.training.tiny import write_data
 
 BASE = {
@@ -378,6 +378,23 @@ def test_full_disk_ends_the_run_which_goes_on_where_it_was_when_there_is_room(
     found = weights(Trainer(config).run())
     expected = weights(Trainer(settings(target, data, tmp_path / "whole", **changes)).run())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_disk_that_is_really_full_ends_the_run_which_goes_on_when_there_is_room(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    changes = {"checkpoint_minutes": 1e-6}
+    whole = Trainer(settings(target, data, tmp_path / "whole", **changes)).run()
+    checkpoint = latest_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert checkpoint is not None
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    with small_disk(tmp_path / "disk", 2 * size + size // 2) as grow:
+        config = settings(target, data, tmp_path / "disk" / "run", **changes)
+        with pytest.raises(GriffinError, match=r"cannot be written .* the last good one is .*step-00000002"):
+            Trainer(config).run()
+        grow(8 * size)
+        found = weights(Trainer(config).run())
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(whole).items())
 
 
 def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
