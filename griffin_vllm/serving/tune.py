@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 # slower server, the gain that is given up is small.
 WORTH_IT = 1.03
 PASSES = 3
+# Tokens of a block of the KV cache, at least.
+SMALLEST_BLOCK = 16
 PROMPTS = (
     "Explain how a bicycle stays upright, in words that a child understands.",
     "Write a short email to a landlord about a broken heater.",
@@ -77,12 +80,12 @@ def tune(
         raise GriffinError(reason)
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     rendered = [render(tokenizer, [prompt]) for prompt in prompts]
-    options = ["--max-model-len", str(max(map(len, rendered)) + tokens + max_k + 1), *engine_options]
+    length = max(map(len, rendered)) + tokens + max_k + 1
     wanted = [(k, size) for size in sorted(batch_sizes) for k in range(max_k + 1)]
     # there and back and there again, so that a slow spell of the machine does not fall on one K
     passes = [one for turn in range(PASSES) for one in (wanted[::-1] if turn % 2 else wanted)]
     steps: dict[tuple[int, int], list[tuple[float, list[int]]]] = {one: [] for one in wanted}
-    with _engine(target, head, max_k, max(batch_sizes), options) as engine:
+    with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         drafts = _Drafts(engine)
         drafts.set(max_k)
         list(decode(engine, rendered, 16))
@@ -192,7 +195,7 @@ def explain(tuning: Tuning) -> Table:
 
 @contextmanager
 def _engine(
-    target: str, head: Head, max_k: int, max_batch: int, options: Sequence[str]
+    target: str, head: Head, max_k: int, max_batch: int, length: int, options: Sequence[str]
 ) -> Iterator[LLMEngine]:
     # the scheduler, whose number of drafts is changed, must be in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -208,11 +211,17 @@ def _engine(
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="griffin tune"))
     parser.error = refuse
-    arguments = EngineArgs.from_cli_args(parser.parse_args(["--model", target, *options]))
+    arguments = EngineArgs.from_cli_args(
+        parser.parse_args(["--model", target, "--max-model-len", str(length), *options])
+    )
     if current_platform.is_cpu() and arguments.distributed_executor_backend is None:
         # As behind `vllm serve`: a worker of its own, whose threads are bound to all cores but the scheduler's.
         # In this process the model would have every core, and two cores verify at half the price of one.
         arguments.distributed_executor_backend = "mp"
+    if arguments.kv_cache_memory_bytes is None and arguments.num_gpu_blocks_override is None:
+        # vLLM's own choice can be nearly all of a small machine's memory
+        needed = max(max_batch * length, arguments.max_model_len or 0)
+        arguments.num_gpu_blocks_override = ceil(needed / SMALLEST_BLOCK) + max_batch + 1
     arguments.max_num_seqs = max_batch
     arguments.enable_prefix_caching = False
     arguments.speculative_config = {
