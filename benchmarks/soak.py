@@ -16,9 +16,9 @@ Status 1 unless, for every method,
 - the acceptance length of the last window is that of the first on the same questions. A window is five minutes,
   or a sixth of the run; the same sequence of requests begins anew with the last one;
 - no process grew by more than ``--max-growth-mib`` after the first window. vLLM's CPU build keeps an oneDNN product
-  for each weight and each number of tokens in a step, some 3 MiB for all weights of a small target, with or without
-  a speculator. So steps have at most 128 tokens here, longer prompts come in parts, and before the traffic one
-  prompt of each length up to that brings every size of a step;
+  for each weight and each number of tokens in a step, with or without a speculator. So steps have at most 128
+  tokens here, longer prompts come in parts, and before the traffic one prompt of each length up to that brings
+  every size of a step;
 - the server ended with status 0 at SIGTERM and left no process behind.
 """
 

@@ -553,10 +553,11 @@ def test_a_reduced_vocabulary_is_refused_for_a_target_that_says_its_lm_head_is_q
 ) -> None:
     target = Path(shutil.copytree(models / "target", tmp_path / "target"))
     config = json.loads((target / "config.json").read_text())
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    (target / "config.json").write_text(
-        json.dumps(config | {"quantization_config": quantization | {"lm_head": True}})
-    )
+    config["quantization_config"] = {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+        "lm_head": True,
+    }
+    (target / "config.json").write_text(json.dumps(config))
     convert(models / "head", tmp_path / "head", draft_vocabulary=torch.arange(9))
     configure(models, model=str(target), spec_model=f"griffin:{models / 'head'}")
     with pytest.raises(GriffinError, match=r"target: quantization_config\.lm_head is True, expected false"):
