@@ -13,7 +13,7 @@ URL := http://127.0.0.1:$(PORT)
 OPENMP := LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-model serve test lint compat bench
+.PHONY: help venv demo-model serve test lint compat bench bench-acceptance bench-speed bench-load bench-round bench-report
 
 help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
@@ -75,28 +75,64 @@ compat: $(INSTALLED)
 
 RESULTS := benchmarks/results
 HEADS := benchmarks/baselines
-# `none` comes first; the speed runs put a second one before it, which shows what the machine's noise alone does.
-BENCH_METHODS ?= none,ngram,eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),$\
-hass:$(HEADS)/hass-matched-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
-BENCH_PROMPTS ?= $(wildcard ../shared/data/prompts/*.jsonl ../shared/data/sharegpt-heldout.json)
+# One training, two draft vocabularies: what the reduced one gives is not the head's merit.
+REDUCED := runs/draft-8192
+BENCH_HEADS = eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:$(HEADS)/hass-matched-$(TARGET),$\
+griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
+BENCH_METHODS ?= none,ngram,$(BENCH_HEADS),griffin:$(REDUCED)
+DATA := ../shared/data
+BENCH_PROMPTS ?= $(DATA)/prompts/mt_bench.jsonl $(DATA)/prompts/gsm8k.jsonl $(DATA)/sharegpt-heldout.json
+BENCH_CORPUS ?= $(DATA)/smollm2-regenerated.jsonl.gz
+# Their last lines choose each method's best K; the speed runs measure with the first ones.
+BENCH_TUNING ?= $(filter %.jsonl,$(BENCH_PROMPTS))
+# Where the time of a round and of a start goes: HASS heads are EAGLE heads there.
+BENCH_PHASES := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
 BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
 # Not compiled, for the reason that `serve` gives.
-BENCH_SPEED = --num-prompts 4 --max-tokens 96 --dtype bfloat16 --enforce-eager
+ENGINE = --dtype bfloat16 --enforce-eager
+BENCH_SPEED = $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 64 --concurrency 1
 MEASURE = $(OPENMP) $(BIN)/python
 
-bench: $(INSTALLED) demo-model
-	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --enforce-eager --explain
-	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3,5 \
+bench: bench-acceptance bench-speed bench-load bench-round bench-report
+
+bench-acceptance: $(INSTALLED) demo-model
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods ngram,$(BENCH_HEADS) --num-speculative-tokens 3,5 \
 	  --num-prompts 20 --json $(RESULTS)/acceptance.json
-	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_METHODS) --num-speculative-tokens 3 \
-	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 8 \
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,$(BENCH_HEADS) --num-speculative-tokens 3 \
+	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
 	  --json $(RESULTS)/acceptance-sampled.json
+
+$(REDUCED)/config.json: | $(INSTALLED) demo-model
+	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(REDUCED) --draft-vocab 8192 --corpus $(BENCH_CORPUS) \
+	  --target $(TARGET_FOLDER)
+
+# The second `none` shows what the machine's noise alone does.
+bench-speed: $(REDUCED)/config.json
+	mkdir -p runs/tuning
+	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file); done
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
+	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) \
-	  --num-speculative-tokens 2,3,5 --concurrency 1 --json $(RESULTS)/speed.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) \
-	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method greedy,probabilistic --concurrency 1 \
+	  --num-speculative-tokens 3,5 --best-k-from $(RESULTS)/speed-tuning.json --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
+	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,griffin:$(TARGET) \
-	  --num-speculative-tokens tuned --concurrency 2,4,8,16 --num-prompts 16 --json $(RESULTS)/speed-by-load.json
-	$(BIN)/python benchmarks/report.py $(addprefix $(RESULTS)/,acceptance.json acceptance-sampled.json \
-	  speed.json speed-sampled.json speed-by-load.json) --training $(wildcard $(RESULTS)/*-equal) $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md
+
+bench-load: $(INSTALLED) demo-model
+	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
+	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
+	  --turns 1 --max-tokens 64 --json $(RESULTS)/speed-by-load.json
+
+bench-round: $(INSTALLED) demo-model
+	$(MEASURE) benchmarks/round.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) --enforce-eager \
+	  --methods $(BENCH_PHASES) --num-prompts 8 --num-speculative-tokens 3 --concurrency 1,8 --max-tokens 64 \
+	  --repeats 3 --json $(RESULTS)/round.json
+	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
+	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
+
+RECORDS := acceptance acceptance-sampled speed speed-sampled speed-by-load round startup
+bench-report: $(INSTALLED)
+	$(BIN)/python benchmarks/report.py $(RECORDS:%=$(RESULTS)/%.json) --training $(wildcard $(RESULTS)/*-equal) \
+	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md

@@ -28,6 +28,7 @@ from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
 from benchmarks.methods import method_name
 from benchmarks.round import table as phases
+from benchmarks.speed import speedup
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
@@ -110,6 +111,8 @@ BREAKDOWN_TITLE = (
     + ")"
 )
 MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
+SPEED_MARGINS = ["method", "against", "T", "requests at a time", "ratio of speeds"]
+SPEED_TITLE = "Each at its own best K, over all data sets, with 95 % intervals"
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
 svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
@@ -212,6 +215,42 @@ def margins(source: Source) -> list[list[str]]:
     return [MARGINS, *sorted(lines)] if lines else []
 
 
+def speed_margins(source: Source) -> list[list[str]]:
+    """GRIFFIN's decoding speed over every other speculator's and plain decoding's, each at its own best K and over
+    all data sets, as table cells; empty where the record has no best K."""
+    groups: dict[tuple[float, int], dict[str, list[dict[str, Any]]]] = {}
+    for row in source.results:
+        # a second `none` has an interval, the one that all are compared with has not
+        plain = row["method"] == "none" and "speedup_ci" not in row
+        if (plain or row.get("best_k")) and "samples" in row:
+            name = "none" if plain else f"{method_name(row)} K={row['num_speculative_tokens']}"
+            group = groups.setdefault((row["temperature"], row["concurrency"]), {})
+            group.setdefault(name, []).append(row)
+    lines = []
+    for (temperature, concurrency), methods in groups.items():
+        griffins = [name for name in methods if name.startswith("griffin")]
+        for ours, theirs in itertools.product(griffins, [name for name in methods if name not in griffins]):
+            if compared := speedup(pooled_samples(methods[ours]), pooled_samples(methods[theirs])):
+                ratio, (low, high) = compared
+                margin = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+                lines.append([ours, theirs, f"{temperature:g}", str(concurrency), margin])
+    return [SPEED_MARGINS, *lines] if lines else []
+
+
+def pooled_samples(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``samples`` of one run's rows, a data set each, as those of one."""
+    sides = [row["samples"] for row in sorted(rows, key=lambda row: row["dataset"])]
+    repeats = sorted(set.intersection(*(set(side["repeats"]) for side in sides)))
+
+    def side_by_side(field: str) -> list[list[float]]:
+        return [
+            [number for side in sides for number in side[field][side["repeats"].index(repeat)]]
+            for repeat in repeats
+        ]
+
+    return {"repeats": repeats, "tokens": side_by_side("tokens"), "seconds": side_by_side("seconds")}
+
+
 def breakdown(source: Source) -> list[list[str]]:
     """Acceptance lengths of each row's groups, as table cells; empty where the record has none."""
     rows = [row for row in source.results if row["method"] != "none" and BREAKDOWN.keys() & row.keys()]
@@ -240,6 +279,8 @@ def markdown(source: Source) -> str:
         parts += [f"{BREAKDOWN_TITLE}:", records.pipes(groups)]
     if compared := margins(source):
         parts += ["Acceptance length against the others, with 95 % intervals:", records.pipes(compared)]
+    if faster := speed_margins(source):
+        parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
 
@@ -259,6 +300,8 @@ def overview(source: Source) -> str:
     header, *compared = margins(source) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
         parts += ["Over all data sets, with 95 % intervals:", records.pipes([header, *pooled])]
+    if faster := speed_margins(source):
+        parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
 
@@ -375,6 +418,8 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
             body.append(f"<p>{html.escape(BREAKDOWN_TITLE)}:</p>\n{_html_table(groups)}")
         if compared := margins(source):
             body.append(f"<p>Acceptance length against the others:</p>\n{_html_table(compared)}")
+        if faster := speed_margins(source):
+            body.append(f"<p>{SPEED_TITLE}:</p>\n{_html_table(faster)}")
         body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
     title = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
     return "\n".join([title, *body]) + "\n"

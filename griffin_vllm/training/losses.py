@@ -88,7 +88,7 @@ def token_losses(
     p_weight: float,
     k_weight: float,
     align_top_k: int,
-    rows: int = 512,
+    rows: int = 256,
 ) -> TokenLosses:
     """Cross entropies and their gradient, ``rows`` positions at a time.
 

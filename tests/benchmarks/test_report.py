@@ -131,6 +131,36 @@ def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
     ]
 
 
+def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> None:
+    def measured(method: str, dataset: str, seconds: float, **more: Any) -> dict[str, Any]:
+        samples = {
+            "conversations": ["a", "b"],
+            "repeats": [0],
+            "tokens": [[10, 30]],
+            "seconds": [[seconds] * 2],
+        }
+        return row(method, 1, **more) | {"dataset": dataset, "samples": samples}
+
+    rows = [
+        measured("none", "x", 4.0, speedup=1.0),
+        measured("none", "x", 5.0, speedup=0.8, speedup_ci=[0.7, 0.9]),
+        measured("eagle", "x", 3.0, best_k=True),
+        measured("eagle", "x", 1.0),
+        measured("griffin", "x", 2.0, best_k=True),
+        # the data sets of a run come in any order
+        measured("griffin", "y", 1.0, best_k=True),
+        measured("eagle", "y", 1.5, best_k=True),
+        measured("none", "y", 2.0, speedup=1.0),
+    ]
+    header, *lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows))
+    assert header[:2] == ["method", "against"]
+    assert lines == [
+        ["griffin (small) K=5", "none", "0", "1", "2.00 [2.00, 2.00]"],
+        ["griffin (small) K=5", "eagle (small) K=5", "0", "1", "1.50 [1.50, 1.50]"],
+    ]
+    assert report.speed_margins(report.Source({"benchmark": "speed"}, rows[:2])) == []
+
+
 def test_lists_of_numbers_take_one_line_and_strings_stay_as_they_are() -> None:
     whole = {"a": [1, 2], "b": [[0.5], []], "c": ["x,y", "[\n,  1]"], "d": [{"e": None}]}
     text = records.indented(whole)
