@@ -124,6 +124,9 @@ bench-load: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 64 --json $(RESULTS)/speed-by-load.json
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	  --methods none,ngram,$(BENCH_HEADS) --num-speculative-tokens 3 --concurrency 2,4,8,16 --num-prompts 16 \
+	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load-fixed.json
 
 bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/round.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) --enforce-eager \
@@ -132,7 +135,8 @@ bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS := acceptance acceptance-sampled speed speed-sampled speed-by-load round startup
+RECORDS := acceptance acceptance-sampled speed speed-sampled speed-by-load speed-by-load-fixed \
+  round startup
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(RECORDS:%=$(RESULTS)/%.json) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md
