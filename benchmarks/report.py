@@ -292,10 +292,12 @@ def overview(source: Source) -> str:
     titles = naming.split(", ")
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in source.results:
-        line = lines.setdefault(tuple(COLUMNS[title](row) for title in titles), {})
-        line[COLUMNS["data set"](row)] = cell(row)
+        run, dataset = tuple(COLUMNS[title](row) for title in titles), COLUMNS["data set"](row)
+        while dataset in lines.get(run, {}):
+            run = (f"{run[0]} (again)", *run[1:])
+        lines.setdefault(run, {})[dataset] = cell(row)
     datasets = list(dict.fromkeys(name for line in lines.values() for name in line))
-    body = [[*run, *(line.get(name, "") for name in datasets)] for run, line in lines.items()]
+    body = [[*names, *(line.get(name, "") for name in datasets)] for names, line in lines.items()]
     parts = [f"**{TITLES[source.kind]}**: {content}", records.pipes([[*titles, *datasets], *body])]
     header, *compared = margins(source) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
@@ -310,21 +312,33 @@ def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figu
     speed = [row for source in sources if source.kind == "speed" for row in source.results]
     drafted = [row for row in acceptance if row.get("position_acceptance")]
     compared = [row for row in speed if "speedup" in row and row["method"] != "none"]
+    # runs of one load only would be single points, with a legend each
+    by_load = [
+        row
+        for source in sources
+        if source.kind == "speed" and len({row["concurrency"] for row in source.results}) > 1
+        for row in source.results
+        if row in compared
+    ]
     drawn = {}
     if drafted:
         drawn["acceptance-by-position"] = _by_position(drafted)
     if compared:
         drawn["speedup-by-method"] = _by_method(compared)
-        drawn["speedup-by-concurrency"] = _by_concurrency(compared)
+    if by_load:
+        drawn["speedup-by-concurrency"] = _by_concurrency(by_load)
     if training:
         drawn["training"] = _training(training)
     return drawn
 
 
-def _panels(rows: Sequence[dict[str, Any]], y: str) -> tuple[Figure, dict[str, Any]]:
-    """A figure with one panel a data set."""
+def _panels(
+    rows: Sequence[dict[str, Any]], y: str | None, inches: tuple[float, float] = (1.5, 3.5)
+) -> tuple[Figure, dict[str, Any]]:
+    """A figure with one panel a data set; ``inches``: width beside the panels, and height."""
     names = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure = Figure(figsize=(1.5 + 3.5 * len(names), 3.5), layout="constrained")
+    beside, height = inches
+    figure = Figure(figsize=(beside + 3.5 * len(names), height), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for name, axis in zip(names, axes, strict=True):
         axis.set_title(name)
@@ -333,44 +347,58 @@ def _panels(rows: Sequence[dict[str, Any]], y: str) -> tuple[Figure, dict[str, A
     return figure, dict(zip(names, axes, strict=True))
 
 
+def _name_lines(figure: Figure, panels: dict[str, Any]) -> None:
+    """One colour and one entry of the legend for the lines of the same name in all panels."""
+    drawn = {line.get_label(): line for axis in panels.values() for line in axis.get_lines()}
+    names = [name for name in drawn if not name.startswith("_")]
+    colours = dict(zip(names, itertools.cycle(mpl.colormaps["tab20"](range(20)))))
+    for axis in panels.values():
+        for line in axis.get_lines():
+            line.set_color(colours.get(line.get_label(), "black"))
+    figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize="small")
+
+
 def _label(row: dict[str, Any]) -> str:
     return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}"
 
 
 def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure, panels = _panels(rows, "share of passes that accept it")
+    figure, panels = _panels(rows, "share of passes that accept it", inches=(5.5, 3.5))
     for row in rows:
         shares = row["position_acceptance"]
         panels[row["dataset"]].plot(range(1, len(shares) + 1), shares, marker="o", label=_label(row))
     for axis in panels.values():
         axis.set(xlabel="draft position", ylim=(0, 1))
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize="small")
+    _name_lines(figure, panels)
     return figure
 
 
 def _by_method(rows: Sequence[dict[str, Any]]) -> Figure:
     least = min(row["concurrency"] for row in rows)
     alone = [row for row in rows if row["concurrency"] == least]
-    figure, panels = _panels(alone, f"speedup, {least} at a time")
+    # one line a run, named at the left once for all panels
+    lines = list(dict.fromkeys(_label(row) for row in alone))
+    figure, panels = _panels(alone, None, inches=(4, 1 + 0.22 * len(lines)))
     for name, axis in panels.items():
         own = [row for row in alone if row["dataset"] == name]
-        heights = [row["speedup"] for row in own]
+        lengths = [row["speedup"] for row in own]
         bounds = [row.get("speedup_ci", [row["speedup"]] * 2) for row in own]
         errors = [
-            [max(height - low, 0) for height, (low, _) in zip(heights, bounds, strict=True)],
-            [max(high - height, 0) for height, (_, high) in zip(heights, bounds, strict=True)],
+            [max(length - low, 0) for length, (low, _) in zip(lengths, bounds, strict=True)],
+            [max(high - length, 0) for length, (_, high) in zip(lengths, bounds, strict=True)],
         ]
-        axis.bar(range(len(own)), heights, yerr=errors, capsize=3)
-        axis.set_xticks(
-            range(len(own)), [_label(row) for row in own], rotation=30, ha="right", fontsize="small"
-        )
-        axis.axhline(1, color="black", linewidth=0.8)
+        axis.barh([lines.index(_label(row)) for row in own], lengths, xerr=errors, capsize=2)
+        axis.set_yticks(range(len(lines)), lines, fontsize="small")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xlabel(f"speedup, {least} at a time")
+    # the first run on top
+    next(iter(panels.values())).invert_yaxis()
     return figure
 
 
 def _by_concurrency(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure, panels = _panels(rows, "speedup")
+    figure, panels = _panels(rows, "speedup", inches=(5.5, 3.5))
     lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in rows:
         lines.setdefault((row["dataset"], _label(row)), []).append((row["concurrency"], row["speedup"]))
@@ -381,7 +409,7 @@ def _by_concurrency(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("requests at a time")
-        axis.legend(fontsize="small")
+    _name_lines(figure, panels)
     return figure
 
 

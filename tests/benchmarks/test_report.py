@@ -37,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
     fast = {"speedup": 1.61, "speedup_ci": [1.5, 1.72], "tokens_per_second": 40.26}
     speed = [
         row("none", 1, speedup=1.0),
+        row("none", 1, speedup=1.02),
         row("griffin", 1, **fast),
         row("griffin", 8, **fast | {"speedup": 0.9}),
     ]
@@ -87,6 +88,8 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     assert readme.endswith("after\n")
     assert "old" not in readme
     assert "| griffin (small) | 5 | 0 | 8 | 0.90 [1.50, 1.72] |" in readme
+    assert "| none | 5 | 0 | 1 | 1.00 |" in readme
+    assert "| none (again) | 5 | 0 | 1 | 1.02 |" in readme
     assert "| griffin (small) | 5 | 0 | 2.35 (-) |" in readme or "| 2.34 (-) |" in readme
     assert "| all | griffin (small) | eagle (small) |" in readme
     assert "| data | griffin (small) | eagle (small) |" not in readme
