@@ -13,7 +13,8 @@ URL := http://127.0.0.1:$(PORT)
 OPENMP := LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo-model serve test lint compat bench bench-acceptance bench-speed bench-load bench-round bench-report
+.PHONY: help venv demo-model serve test lint compat
+.PHONY: bench bench-acceptance bench-speed bench-load bench-round bench-report
 
 help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
@@ -77,9 +78,9 @@ RESULTS := benchmarks/results
 HEADS := benchmarks/baselines
 # One training, two draft vocabularies: what the reduced one gives is not the head's merit.
 REDUCED := runs/draft-8192
-BENCH_HEADS = eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:$(HEADS)/hass-matched-$(TARGET),$\
+BENCH_HEADS ?= eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:$(HEADS)/hass-matched-$(TARGET),$\
 griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
-BENCH_METHODS ?= none,ngram,$(BENCH_HEADS),griffin:$(REDUCED)
+BENCH_METHODS = none,ngram,$(BENCH_HEADS),griffin:$(REDUCED)
 DATA := ../shared/data
 BENCH_PROMPTS ?= $(DATA)/prompts/mt_bench.jsonl $(DATA)/prompts/gsm8k.jsonl $(DATA)/sharegpt-heldout.json
 BENCH_CORPUS ?= $(DATA)/smollm2-regenerated.jsonl.gz
@@ -108,6 +109,7 @@ $(REDUCED)/config.json: | $(INSTALLED) demo-model
 
 # The second `none` shows what the machine's noise alone does.
 bench-speed: $(REDUCED)/config.json
+	rm -rf runs/tuning
 	mkdir -p runs/tuning
 	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file); done
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
@@ -135,8 +137,8 @@ bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS := acceptance acceptance-sampled speed speed-sampled speed-by-load speed-by-load-fixed \
+RECORDS = acceptance acceptance-sampled speed speed-sampled speed-by-load speed-by-load-fixed \
   round startup
 bench-report: $(INSTALLED)
-	$(BIN)/python benchmarks/report.py $(RECORDS:%=$(RESULTS)/%.json) --training $(wildcard $(RESULTS)/*-equal) \
+	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md

@@ -273,14 +273,20 @@ def breakdown(source: Source) -> list[list[str]]:
     return [header, *lines] if lines else []
 
 
+def details(source: Source) -> list[tuple[str, list[list[str]]]]:
+    """Title and cells of the tables below a record's own, those that it has something for."""
+    tables = [
+        (BREAKDOWN_TITLE, breakdown(source)),
+        ("Acceptance length against the others, with 95 % intervals", margins(source)),
+        (SPEED_TITLE, speed_margins(source)),
+    ]
+    return [(title, table) for title, table in tables if table]
+
+
 def markdown(source: Source) -> str:
     parts = [f"**{TITLES[source.kind]}**", records.pipes(cells(source))]
-    if groups := breakdown(source):
-        parts += [f"{BREAKDOWN_TITLE}:", records.pipes(groups)]
-    if compared := margins(source):
-        parts += ["Acceptance length against the others, with 95 % intervals:", records.pipes(compared)]
-    if faster := speed_margins(source):
-        parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
+    for title, table in details(source):
+        parts += [f"{title}:", records.pipes(table)]
     return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
 
 
@@ -309,31 +315,28 @@ def overview(source: Source) -> str:
 
 def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
     acceptance = [row for source in sources if source.kind == "acceptance" for row in source.results]
-    speed = [row for source in sources if source.kind == "speed" for row in source.results]
     drafted = [row for row in acceptance if row.get("position_acceptance")]
-    compared = [row for row in speed if "speedup" in row and row["method"] != "none"]
-    # runs of one load only would be single points, with a legend each
-    by_load = [
-        row
+    compared = [
+        [row for row in source.results if "speedup" in row and row["method"] != "none"]
         for source in sources
-        if source.kind == "speed" and len({row["concurrency"] for row in source.results}) > 1
-        for row in source.results
-        if row in compared
+        if source.kind == "speed"
     ]
+    # runs of one load only would be single points, with a legend each
+    by_load = [rows for rows in compared if len({row["concurrency"] for row in rows}) > 1]
     drawn = {}
     if drafted:
         drawn["acceptance-by-position"] = _by_position(drafted)
-    if compared:
-        drawn["speedup-by-method"] = _by_method(compared)
+    if any(compared):
+        drawn["speedup-by-method"] = _by_method(list(itertools.chain(*compared)))
     if by_load:
-        drawn["speedup-by-concurrency"] = _by_concurrency(by_load)
+        drawn["speedup-by-concurrency"] = _by_concurrency(list(itertools.chain(*by_load)))
     if training:
         drawn["training"] = _training(training)
     return drawn
 
 
 def _panels(
-    rows: Sequence[dict[str, Any]], y: str | None, inches: tuple[float, float] = (1.5, 3.5)
+    rows: Sequence[dict[str, Any]], y: str | None, inches: tuple[float, float]
 ) -> tuple[Figure, dict[str, Any]]:
     """A figure with one panel a data set; ``inches``: width beside the panels, and height."""
     names = list(dict.fromkeys(row["dataset"] for row in rows))
@@ -442,15 +445,11 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
         body.append(drawing[drawing.index("<svg") :])
     for source in sources:
         body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source))}")
-        if groups := breakdown(source):
-            body.append(f"<p>{html.escape(BREAKDOWN_TITLE)}:</p>\n{_html_table(groups)}")
-        if compared := margins(source):
-            body.append(f"<p>Acceptance length against the others:</p>\n{_html_table(compared)}")
-        if faster := speed_margins(source):
-            body.append(f"<p>{SPEED_TITLE}:</p>\n{_html_table(faster)}")
+        for title, table in details(source):
+            body.append(f"<p>{html.escape(title)}:</p>\n{_html_table(table)}")
         body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
-    title = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
-    return "\n".join([title, *body]) + "\n"
+    opening = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
+    return "\n".join([opening, *body]) + "\n"
 
 
 def _html_table(table: list[list[str]]) -> str:
