@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from griffin_vllm.config import METHOD, HeadConfig, read_json
+from griffin_vllm.config import METHOD, HeadConfig, HeadName, read_json
 from griffin_vllm.errors import GriffinError
 
 CONFIG_FILE = "config.json"
@@ -30,10 +30,11 @@ BUNDLED_HEADS = Path(__file__).parent / "heads"
 
 EMBEDDINGS = "embed_tokens.weight"
 # The tensor that no other kind of draft head has.
-FUSION_UP_PROJ = "fc.mlp.up_proj.weight"
+MARKS: dict[HeadName, str] = {"griffin": "fc.mlp.up_proj.weight", "eagle": "fc.weight"}
 # vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
+_TITLES: dict[HeadName, str] = {"griffin": "a GRIFFIN head", "eagle": "an EAGLE head of vLLM's"}
 _FLOATS = ({"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}, "floats")
 _DTYPES = {
     DRAFT_TO_TARGET: ({"I64", "I32", "INT64", "INT32"}, "integers"),
@@ -44,18 +45,27 @@ TensorHeaders = dict[str, tuple[tuple[int, ...], str]]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
-def tensor_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a GRIFFIN head must have, under its published name, with its shape."""
+def tensor_shapes(config: HeadConfig, name: HeadName = "griffin") -> dict[str, tuple[int, ...]]:
+    """Every tensor that a head of this kind must have, under its published name, with its shape.
+
+    An EAGLE head is vLLM's (``llama_eagle.py``): unlike the published ones its ``fc`` has no bias.
+    """
     d, inner = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.fc.weight": (d, 2 * d),
-        "fc.fc.bias": (d,),
-        "fc.post_attention_layernorm.weight": (d,),
-        "fc.mlp.input_layernorm.weight": (d,),
-        FUSION_UP_PROJ: (inner, 2 * d),
-        "fc.mlp.down_proj.weight": (d, inner),
+    if name == "griffin":
+        outputs = 2  # predict and regress
+        fusion: dict[str, tuple[int, ...]] = {
+            "fc.fc.weight": (d, 2 * d),
+            "fc.fc.bias": (d,),
+            "fc.post_attention_layernorm.weight": (d,),
+            "fc.mlp.input_layernorm.weight": (d,),
+            MARKS["griffin"]: (inner, 2 * d),
+            "fc.mlp.down_proj.weight": (d, inner),
+        }
+    else:
+        outputs, fusion = 1, {MARKS["eagle"]: (d, 2 * d)}
+    shapes = fusion | {
         "layers.0.self_attn.q_proj.weight": (q, d),
         "layers.0.self_attn.k_proj.weight": (kv, d),
         "layers.0.self_attn.v_proj.weight": (kv, d),
@@ -63,7 +73,7 @@ def tensor_shapes(config: HeadConfig) -> dict[str, tuple[int, ...]]:
         "layers.0.post_attention_layernorm.weight": (d,),
         "layers.0.mlp.gate_proj.weight": (inner, d),
         "layers.0.mlp.up_proj.weight": (inner, d),
-        "layers.0.mlp.down_proj.weight": (2 * d, inner),
+        "layers.0.mlp.down_proj.weight": (outputs * d, inner),
     }
     if config.qkv_bias:
         shapes["layers.0.self_attn.q_proj.bias"] = (q,)
@@ -128,11 +138,11 @@ def find_head(name: str) -> Path:
     raise GriffinError(f"{PREFIX}{name}: no bundled head, folder or Hub id of that name; {hint}")
 
 
-def open_head(folder: Path) -> Head:
+def open_head(folder: Path, name: HeadName = "griffin") -> Head:
     """Check a head folder of either layout without loading its weights.
 
     Raises:
-        GriffinError: something is missing, of the wrong shape, or not a GRIFFIN head, or the draft
+        GriffinError: something is missing, of the wrong shape, or not a head of this kind, or the draft
             vocabulary is not a part of the target's.
     """
     try:
@@ -149,12 +159,12 @@ def open_head(folder: Path) -> Head:
         raise GriffinError(f"{folder}: has no {SAFETENSORS_FILE} or {PICKLE_FILE}")
     # Other speculators' configs have features that ours lacks: say what the head is before complaining of those.
     found = _tensor_headers(weights)
-    if FUSION_UP_PROJ not in found:
+    if MARKS[name] not in found:
         raise GriffinError(
-            f"{weights}: has no {FUSION_UP_PROJ}, so it is not a GRIFFIN head{_other_model(set(found))}"
+            f"{weights}: has no {MARKS[name]}, so it is not {_TITLES[name]}{_other_model(set(found))}"
         )
     config = HeadConfig.read(folder / CONFIG_FILE)
-    _check_tensors(weights, found, config)
+    _check_tensors(weights, found, config, name)
     head = Head(folder, weights, config)
     _check_draft_vocabulary(head)
     return head
@@ -166,7 +176,7 @@ def is_griffin_head(folder: Path) -> bool:
         if read_json(folder / CONFIG_FILE).get("speculators_model_type") == METHOD:
             return True
         weights = folder / SAFETENSORS_FILE
-        return weights.is_file() and FUSION_UP_PROJ in _tensor_headers(weights)
+        return weights.is_file() and MARKS["griffin"] in _tensor_headers(weights)
     except GriffinError:
         return False
 
@@ -320,8 +330,8 @@ def _tensor_headers(path: Path) -> TensorHeaders:
         ) from error
 
 
-def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig) -> None:
-    expected = tensor_shapes(config)
+def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig, head: HeadName) -> None:
+    expected = tensor_shapes(config, head)
     for name, shape in expected.items():
         if name not in found:
             raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
@@ -332,7 +342,7 @@ def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig) -> None
             raise GriffinError.at(path, f"dtype of {name}", found[name][1], kind)
     extra = sorted(set(found) - set(expected) - {EMBEDDINGS})
     if extra:
-        raise GriffinError.at(path, "tensors", extra[:3], "none beyond those of a GRIFFIN head")
+        raise GriffinError.at(path, "tensors", extra[:3], f"none beyond those of {_TITLES[head]}")
     if EMBEDDINGS in found and found[EMBEDDINGS][0] != (config.vocab_size, config.hidden_size):
         raise GriffinError.at(
             path,
@@ -377,12 +387,14 @@ def _check_draft_vocabulary(head: Head) -> None:
 
 
 def _other_model(names: set[str]) -> str:
+    if MARKS["griffin"] in names:
+        return "; it looks like a GRIFFIN head"
     if (
         any("hidden_norm" in name or "fc_norm" in name for name in names)
         or "midlayer.mlp.up_proj.weight" in names
     ):
         return "; it looks like an EAGLE-3 head (vLLM's method 'eagle3')"
-    if "fc.weight" in names or "fusion_fc.weight" in names:
+    if MARKS["eagle"] in names or "fusion_fc.weight" in names:
         return "; it looks like an EAGLE or HASS head (vLLM's method 'eagle')"
     if any("medusa" in name for name in names) or any(re.fullmatch(r"\d+\.\d+\..*", n) for n in names):
         return "; it looks like Medusa heads (vLLM's method 'medusa')"

@@ -17,6 +17,8 @@ from griffin_vllm.errors import GriffinError
 
 METHOD = "griffin"
 ARCHITECTURE = "GriffinForCausalLM"
+# What can be trained; HASS trains an EAGLE head. Only GRIFFIN heads are served by this package.
+HeadName = Literal["griffin", "eagle"]
 REFERENCE_MODEL_TYPES = ("llama", "qwen2")
 # Targets (Hugging Face model types) of which training and serving hand a head the same three things:
 # - e(x), the row of `embed_tokens` as it is stored. Gemma multiplies it by sqrt(d) on the way to its own first

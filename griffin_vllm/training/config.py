@@ -20,12 +20,12 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from griffin_vllm.config import HeadName
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.alignment import AlignmentRule
 from griffin_vllm.training.attention import AttentionName
 
 Method = Literal["griffin", "hass", "eagle"]
-HeadName = Literal["griffin", "eagle"]
 PRESETS = Path(__file__).parent / "presets"
 
 METHODS: dict[Method, tuple[HeadName, AlignmentRule]] = {
@@ -68,7 +68,7 @@ class TrainConfig(Section):
         None, description="folder for cached target features; without it the target runs in the loop"
     )
     init_from: str | None = Field(
-        None, description="continue from a GRIFFIN head: bundled name, folder or Hub id"
+        None, description="continue from a head of the kind that is trained: bundled name, folder or Hub id"
     )
 
     method: Method = Field(

@@ -10,8 +10,8 @@ import yaml
 from torch import Tensor
 
 from griffin_vllm.checkpoint import save_head
-from griffin_vllm.config import HeadConfig
-from griffin_vllm.training.config import HeadName, TrainConfig
+from griffin_vllm.config import HeadConfig, HeadName
+from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import Manifest, SplitCounts
 from griffin_vllm.training.simulate import Acceptance
 

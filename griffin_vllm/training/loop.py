@@ -113,7 +113,9 @@ class Trainer:
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
-        self.start = open_head(find_head(config.init_from)) if config.init_from is not None else None
+        self.start = (
+            None if config.init_from is None else open_head(find_head(config.init_from), config.head_name)
+        )
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()), self.start)
         self.vocabulary = self._draft_vocabulary(chat)
         with self.accelerator.main_process_first():

@@ -203,6 +203,11 @@ def write_head(nan: bool = False, **sizes: int) -> None:
     configure(init_from="start")
 
 
+def write_griffin_head_for_eagle() -> None:
+    write_head()
+    configure(init_from="start", head="eagle")
+
+
 # What is spoilt, and the message; `train run.yaml` follows.
 TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "no file": (
@@ -307,6 +312,10 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "no head to continue from": (
         lambda: configure(init_from="nowhere"),
         "griffin:nowhere: no bundled head, folder or Hub id of that name",
+    ),
+    "a head of another kind to continue from": (
+        write_griffin_head_for_eagle,
+        "start/model.safetensors: has no fc.weight, so it is not an EAGLE head of vLLM's; it looks like a GRIFFIN head",
     ),
     "a head of another size to continue from": (
         lambda: write_head(hidden_size=128),
