@@ -110,14 +110,20 @@ def token_losses(
         leaf = predict[part].detach().requires_grad_()
         logits = classes.logits(leaf)
         with torch.no_grad():
-            true = logits.gather(1, classes.position[tokens[part]][:, None])
-            ok[part] = ((logits > true).sum(-1) < align_top_k) & (tokens[part] >= 0)
-        ids, probabilities = classes.position[targets.ids[part]], targets.probabilities[part]
-        log_q = logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
-        terms = -(probabilities * log_q) * learns[part][:, None]
-        p, k = terms.sum() / count, terms[:, :TOP_TOKENS].sum() / count
-        (gradient[part],) = torch.autograd.grad(p_weight * p + k_weight * k, leaf)
-        p_sum, k_sum = p_sum + p.detach(), k_sum + k.detach()
+            values = logits.detach()
+            true = values.gather(1, classes.position[tokens[part]][:, None])
+            ok[part] = ((values > true).count_nonzero(-1) < align_top_k) & (tokens[part] >= 0)
+            ids = classes.position[targets.ids[part]]
+            weights = targets.probabilities[part] * learns[part][:, None] / count
+            normaliser = values.logsumexp(-1, keepdim=True)
+            terms = weights * (normaliser - values.gather(1, ids))
+            p_sum, k_sum = p_sum + terms.sum(), k_sum + terms[:, :TOP_TOKENS].sum()
+            joint = p_weight * weights
+            joint[:, :TOP_TOKENS] += k_weight * weights[:, :TOP_TOKENS]
+            # The gradient with respect to the logits takes their place: they are training's largest tensor.
+            through_logits = values.sub_(normaliser).exp_().mul_(joint.sum(-1, keepdim=True))
+            through_logits.scatter_add_(1, ids, -joint)
+        (gradient[part],) = torch.autograd.grad(logits, leaf, through_logits)
     return TokenLosses(p_sum, k_sum, ok, gradient)
 
 
