@@ -23,6 +23,14 @@ START_SECONDS = 900
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
+def asked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The engine arguments for a record: a server does not tell what vLLM made of them."""
+    compilation = "eager" if arguments["enforce_eager"] else "as vLLM chooses"
+    return {name: value for name, value in arguments.items() if name != "model"} | {
+        "compilation": compilation
+    }
+
+
 @dataclass(frozen=True)
 class Server:
     """``url``: without a path; ``process``: the API server, parent of all others."""

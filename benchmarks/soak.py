@@ -460,9 +460,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "enable_prefix_caching": True,
         "max_num_batched_tokens": STEP_TOKENS,
     }
-    compilation = "eager" if args.enforce_eager else "compiled"
     record.settings |= {"minutes": args.minutes, "near_tie": NEAR_TIE[args.dtype]}
-    record.settings["engine"] = {**arguments, "model": records.shown(args.target), "compilation": compilation}
+    record.settings["engine"] = served.asked(arguments)
     trajectory = Trajectory(args, sets)
     plain = Run(Method("none"), 0)
     if "soak" not in trajectory.answers:

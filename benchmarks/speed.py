@@ -328,14 +328,11 @@ def _main_served(
     arguments: dict[str, Any],
 ) -> int:
     record.settings["client"] = "vllm bench serve"
-    # a server does not tell what vLLM made of these
-    asked = {name: value for name, value in arguments.items() if name != "model"}
-    asked["compilation"] = "eager" if args.enforce_eager else "as vLLM chooses"
     measured: dict[Cell, list[dict[str, Any]]] = {}
     for _, engine in _in_turn(args.repeats, len(planned)):
         run = planned[engine]
         with record.attempt(run), served.server(run, arguments) as server:
-            record.note_engine(run, asked)
+            record.note_engine(run, served.asked(arguments))
             for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
                 if temperature == 0 and run.draft_sample_method != "greedy":
                     continue

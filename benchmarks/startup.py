@@ -32,16 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("startup", args, sets)
     record.settings["repeats"] = args.repeats
-    planned = runs(methods, args.num_speculative_tokens)
+    planned, arguments = runs(methods, args.num_speculative_tokens), records.engine_arguments(args)
     starts: list[dict[int, float]] = [{} for _ in planned]
     for repeat in range(args.repeats + 1):
         for place in range(len(planned)):
             number = (place + repeat) % len(planned)
             with record.attempt(planned[number]):
                 began = time.monotonic()
-                with served.server(planned[number], records.engine_arguments(args)):
+                with served.server(planned[number], arguments):
                     if repeat:
                         starts[number][repeat] = time.monotonic() - began
+                    record.note_engine(planned[number], served.asked(arguments))
             record.results = rows(planned, starts)
     return record.finish(COLUMNS)
 
