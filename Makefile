@@ -119,6 +119,9 @@ bench-speed: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
 	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 512 --concurrency 1 \
+	  --methods none,eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET) --num-speculative-tokens 3 \
+	  --json $(RESULTS)/speed-long.json
 
 bench-load: $(INSTALLED) demo-model
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
@@ -129,6 +132,9 @@ bench-load: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
 	  --methods none,ngram,$(BENCH_HEADS) --num-speculative-tokens 3 --concurrency 2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load-fixed.json
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 3 --concurrency 1,4 --num-prompts 8 \
+	  --max-tokens 64 --json $(RESULTS)/speed-served.json
 
 bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/round.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) --enforce-eager \
@@ -137,8 +143,8 @@ bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-sampled speed speed-sampled speed-by-load speed-by-load-fixed \
-  round startup
+RECORDS = acceptance acceptance-sampled speed speed-sampled speed-long speed-by-load speed-by-load-fixed \
+  speed-served round startup
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md
