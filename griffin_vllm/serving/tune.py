@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
-from math import ceil
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,14 +37,15 @@ from griffin_vllm.serving.tuning import (
 )
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
 # Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
 # slower server, the gain that is given up is small.
 WORTH_IT = 1.03
 PASSES = 3
-# Tokens of a block of the KV cache, at least.
-SMALLEST_BLOCK = 16
+# Tokens of a block of the KV cache, at most: vLLM's choice on CPU.
+LARGEST_BLOCK = 128
 PROMPTS = (
     "Explain how a bicycle stays upright, in words that a child understands.",
     "Write a short email to a landlord about a broken heater.",
@@ -219,9 +219,9 @@ def _engine(
         # In this process the model would have every core, and two cores verify at half the price of one.
         arguments.distributed_executor_backend = "mp"
     if arguments.kv_cache_memory_bytes is None and arguments.num_gpu_blocks_override is None:
-        # vLLM's own choice can be nearly all of a small machine's memory
-        needed = max(max_batch * length, arguments.max_model_len or 0)
-        arguments.num_gpu_blocks_override = ceil(needed / SMALLEST_BLOCK) + max_batch + 1
+        # vLLM's own choice can be nearly all of a small machine's memory, and it does not start with less
+        tokens = max(max_batch * length, arguments.max_model_len or 0) + (2 * max_batch + 1) * LARGEST_BLOCK
+        arguments.kv_cache_memory_bytes = tokens * _cache_bytes(arguments.create_model_config(), head)
     arguments.max_num_seqs = max_batch
     arguments.enable_prefix_caching = False
     arguments.speculative_config = {
@@ -237,6 +237,15 @@ def _engine(
         engine.engine_core.shutdown()
         del engine
         cleanup_dist_env_and_memory()
+
+
+def _cache_bytes(target: ModelConfig, head: Head) -> int:
+    """Bytes of keys and values that one token takes in the layers of the target and of the head."""
+    sizes = head.config
+    row = max(
+        target.get_total_num_kv_heads() * target.get_head_size(), sizes.num_key_value_heads * sizes.head_dim
+    )
+    return 2 * target.dtype.itemsize * row * (target.hf_text_config.num_hidden_layers + 1)
 
 
 class _Drafts:
