@@ -174,6 +174,7 @@ def conditions(settings: dict[str, Any]) -> str:
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{settings['repeats']} repeats" if "repeats" in settings else "",
+        f"served, asked by {settings['client']}" if "client" in settings else "",
         f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
         if "host_overhead_share" in settings
         else "",
