@@ -89,6 +89,7 @@ BENCH_TUNING ?= $(filter %.jsonl,$(BENCH_PROMPTS))
 # Where the time of a round and of a start goes: HASS heads are EAGLE heads there.
 BENCH_PHASES := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
 BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
+BENCH_FIRST = --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS))
 # Not compiled, for the reason that `serve` gives.
 ENGINE = --dtype bfloat16 --enforce-eager
 BENCH_SPEED = $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 64 --concurrency 1
@@ -126,18 +127,18 @@ bench-speed: $(REDUCED)/config.json
 bench-load: $(INSTALLED) demo-model
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
-	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 64 --json $(RESULTS)/speed-by-load.json
-	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,ngram,$(BENCH_HEADS) --num-speculative-tokens 3 --concurrency 2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load-fixed.json
-	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) $(ENGINE) \
+	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 3 --concurrency 1,4 --num-prompts 8 \
 	  --max-tokens 64 --json $(RESULTS)/speed-served.json
 
 bench-round: $(INSTALLED) demo-model
-	$(MEASURE) benchmarks/round.py --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS)) --enforce-eager \
+	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) --enforce-eager \
 	  --methods $(BENCH_PHASES) --num-prompts 8 --num-speculative-tokens 3 --concurrency 1,8 --max-tokens 64 \
 	  --repeats 3 --json $(RESULTS)/round.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \

@@ -164,7 +164,7 @@ def conditions(settings: dict[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
         f"target {settings['target']}",
         *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
-        f"{engine.get('dtype')}, compilation {engine.get('compilation')}",
+        f"{engine['dtype']}, compilation {engine['compilation']}" if engine else "",
         f"{engine['threads']} threads" if "threads" in engine else "",
         *(
             f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())

@@ -29,7 +29,7 @@ PREFIX = "griffin:"
 BUNDLED_HEADS = Path(__file__).parent / "heads"
 
 EMBEDDINGS = "embed_tokens.weight"
-# The tensor that no other kind of draft head has.
+# The tensor by which each kind is told from the other. An EAGLE-3 head has an `fc.weight`, too, of another shape.
 MARKS: dict[HeadName, str] = {"griffin": "fc.mlp.up_proj.weight", "eagle": "fc.weight"}
 # vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
