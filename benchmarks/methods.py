@@ -12,8 +12,15 @@ from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import Tuning, read_tuning
 
-# HASS changes how an EAGLE head is trained; what is served is an EAGLE head.
-VLLM_METHODS = {"eagle": "eagle", "hass": "eagle", "eagle3": "eagle3", "griffin": "griffin"}
+# HASS changes how an EAGLE head is trained; what is served is an EAGLE head. `griffin-alone` is a GRIFFIN head whose
+# config asks for prompt lookup, without it.
+VLLM_METHODS = {
+    "eagle": "eagle",
+    "hass": "eagle",
+    "eagle3": "eagle3",
+    "griffin": "griffin",
+    "griffin-alone": "griffin",
+}
 # Instead of a number of draft tokens: what `griffin tune` found best at each batch size.
 TUNED = "tuned"
 WITHOUT_HEAD: dict[str, dict[str, Any]] = {
@@ -37,12 +44,17 @@ class Method:
             return None
         if self.head is None:
             return {"method": self.name, "num_speculative_tokens": k, **WITHOUT_HEAD[self.name]}
-        return {
+        config = {
             "method": VLLM_METHODS[self.name],
             "model": self.head,
             "num_speculative_tokens": k,
             "draft_sample_method": draft_sample_method,
         }
+        return config | ({"prompt_lookup_min": 0} if self.name == "griffin-alone" else {})
+
+    @property
+    def is_griffin(self) -> bool:
+        return VLLM_METHODS.get(self.name) == "griffin"
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,8 @@ class Run:
             fields["draft_vocab_size"] = config.draft_vocab_size
         if config and config.draft_stop_probability > 0:
             fields["draft_stop_probability"] = config.draft_stop_probability
+        if config and config.prompt_lookup_min and self.method.name == "griffin":
+            fields["prompt_lookup_min"] = config.prompt_lookup_min
         if self.tuning:
             fields["schedule"] = [list(rule) for rule in self.tuning.schedule]
         return fields
@@ -94,6 +108,8 @@ def method_name(row: dict[str, Any]) -> str:
         head.append(f"{row['draft_vocab_size']} tokens")
     if "draft_stop_probability" in row:
         head.append(f"stops below {row['draft_stop_probability']:g}")
+    if "prompt_lookup_min" in row:
+        head.append(f"lookup from {row['prompt_lookup_min']}")
     sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
     return row["method"] + (f" ({', '.join(head)})" if head else "") + sampler
 
@@ -107,7 +123,7 @@ def head_digest(method: Method) -> str | None:
     """Tells the weights of a method's head from others of the same name."""
     if method.head is None:
         return None
-    folder = find_head(method.head) if method.name == "griffin" else Path(method.head)
+    folder = find_head(method.head) if method.is_griffin else Path(method.head)
     return weights_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
 
 
@@ -126,7 +142,7 @@ def parse_methods(text: str) -> list[Method]:
         if name not in VLLM_METHODS or not head:
             expected = ", ".join([*WITHOUT_HEAD, *(f"{name}:HEAD" for name in VLLM_METHODS)])
             raise GriffinError.at("--methods", "a method", item, f"one of {expected}")
-        config = open_head(find_head(head)).config if name == "griffin" else None
+        config = open_head(find_head(head)).config if VLLM_METHODS[name] == "griffin" else None
         if config is None and Path(head).is_absolute() and not Path(head).is_dir():
             raise GriffinError(f"--methods: {item}: there is no folder {head}")
         methods.append(Method(name, head, config))
@@ -151,7 +167,7 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
             planned.append(Run(method, 0))
             continue
         planned += [Run(method, k) for k in ks if isinstance(k, int)]
-        if TUNED in ks and method.name == "griffin":
+        if TUNED in ks and method.is_griffin:
             planned.append(_tuned(method))
     return planned
 

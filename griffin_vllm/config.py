@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from griffin_vllm.errors import GriffinError
 
@@ -68,6 +68,11 @@ class HeadConfig(BaseModel):
         lt=1,
         description="stop drafting when the drafts so far are all right with less than this probability",
     )
+    prompt_lookup_min: NonNegativeInt = Field(
+        default=0,
+        description="draft what followed in the text so far where its last tokens, as many as this, stood "
+        "before; 0: the head makes all drafts",
+    )
     draft_context_limit: PositiveInt | None = Field(
         default=None,
         description="tokens of context beyond which a request gets no drafts; None: it always gets them",
@@ -110,6 +115,7 @@ class HeadConfig(BaseModel):
             "trained_context_length": self.trained_context_length,
             "draft_sample_method": self.draft_sample_method,
             "draft_stop_probability": self.draft_stop_probability,
+            "prompt_lookup_min": self.prompt_lookup_min,
             "draft_context_limit": self.draft_context_limit,
             "torch_dtype": "bfloat16",
         }
@@ -166,6 +172,7 @@ class HeadConfig(BaseModel):
                 "trained_context_length": raw.get("trained_context_length"),
                 "draft_sample_method": raw.get("draft_sample_method", "greedy"),
                 "draft_stop_probability": raw.get("draft_stop_probability", 0.0),
+                "prompt_lookup_min": raw.get("prompt_lookup_min", 0),
                 "draft_context_limit": raw.get("draft_context_limit"),
             }
         except (KeyError, IndexError, TypeError) as error:

@@ -208,6 +208,7 @@ def _read_our_configs(algos: ModuleType) -> None:
             config_dict.get("draft_vocab_size") or pre_trained_config["vocab_size"]
         )
         pre_trained_config["draft_stop_probability"] = config_dict.get("draft_stop_probability", 0.0)
+        pre_trained_config["prompt_lookup_min"] = config_dict.get("prompt_lookup_min", 0)
         pre_trained_config["draft_context_limit"] = config_dict.get("draft_context_limit")
 
 
@@ -226,7 +227,7 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> SpeculativeConfig | None:
-        from griffin_vllm.serving.speculative_config import STOP_PROBABILITY, resolve
+        from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
 
         resolved = resolve(
             self.speculative_config,
@@ -239,14 +240,13 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
         if resolved is None:
             return original(self, target_model_config, target_parallel_config)
         check_fits()
-        tuned_stop = resolved.pop(STOP_PROBABILITY, None)
+        settings = {key: resolved.pop(key) for key in HEAD_SETTINGS if key in resolved}
         args = copy.copy(self)
         args.speculative_config = resolved
         args.spec_method = args.spec_model = args.spec_tokens = None
         config = original(args, target_model_config, target_parallel_config)
-        if tuned_stop is not None:
-            # the way by which the head's config reaches the workers
-            config.draft_model_config.hf_config.update({STOP_PROBABILITY: tuned_stop})
+        # the way by which the head's config reaches the workers
+        config.draft_model_config.hf_config.update(settings)
         return config
 
     create_speculative_config.griffin = True  # type: ignore[attr-defined]
@@ -407,8 +407,8 @@ TOUCH_POINTS = (
         (
             "EagleProposer.__init__(vllm_config, device, runner)",
             "EagleProposer.load_model(target_model)",
-            "EagleProposer.propose(num_speculative_tokens, common_attn_metadata, next_token_ids, target_positions, "
-            "target_hidden_states)",
+            "EagleProposer.propose(num_speculative_tokens, common_attn_metadata, next_token_ids, target_token_ids, "
+            "target_positions, target_hidden_states, token_indices_to_sample, sampling_metadata)",
             "EagleProposer._greedy_sample(hidden_states)",
         ),
         on_import=True,
@@ -460,6 +460,9 @@ RELIED_ON = (
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
     "max_query_len, slot_mapping)",
+    "vllm.v1.attention.backend:CommonAttentionMetadata(query_start_loc_cpu)",
+    "vllm.v1.sample.metadata:SamplingMetadata(all_greedy)",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",

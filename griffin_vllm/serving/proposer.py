@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from griffin_vllm.serving.lookup import continuation
 from griffin_vllm.serving.model import GriffinForCausalLM
 from griffin_vllm.serving.postponed import PostponedWrites
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.sample.metadata import SamplingMetadata
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
@@ -26,7 +29,7 @@ class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and four ways of doing less.
+    """vLLM's EAGLE proposer with what LoRA needs, and five ways of doing less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -37,6 +40,10 @@ class GriffinProposer(EagleProposer):
     *Dynamic depth*: greedy drafting stops as soon as no request's chain is, by the head's own
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
+
+    *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
+    them is its draft (``lookup.py``) and the head makes none for it. Needs what dynamic depth needs. Such drafts
+    are certain ones, so they go with greedy drafts only.
 
     *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 
@@ -67,7 +74,9 @@ class GriffinProposer(EagleProposer):
         )
         stop_probability = getattr(head, "draft_stop_probability", 0.0)
         self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
+        self.lookup_min: int = getattr(head, "prompt_lookup_min", 0) if self.shapes_may_vary else 0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
+        self.drafts_greedily = self.speculative_config.draft_sample_method == "greedy"
         # A KV connector reads blocks behind the proposer's back.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
@@ -95,16 +104,22 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        if (wanted == 0 or all_far) and self._only_decodes(kwargs["common_attn_metadata"]):
+        found = self._look_up(**kwargs) if wanted and not all_far else [[]] * len(near)
+        drafting = [close and not tokens for close, tokens in zip(near, found, strict=True)]
+        idle = wanted == 0 or all_far or (any(found) and not any(drafting))
+        if idle and self._only_decodes(kwargs["common_attn_metadata"]):
             drafts = self._postpone(**kwargs)
         else:
             self.postponed.write()
-            drafts = self._draft(near, *args, **kwargs | {"num_speculative_tokens": 0 if all_far else wanted})
-        if all(near) or (all_far and self.scheduler_waits):
+            drafts = self._draft(
+                drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
+            )
+        if all(drafting) or (all_far and self.scheduler_waits):
             return drafts
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
-        return [row if close else [] for row, close in zip(drafts.tolist(), near, strict=True)]
+        rows = zip(near, found, drafts.tolist(), strict=True)
+        return [(tokens or row) if close else [] for close, tokens, row in rows]
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""
@@ -112,6 +127,39 @@ class GriffinProposer(EagleProposer):
             return [True] * metadata.num_reqs
         lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         return (lengths <= self.context_limit).tolist()
+
+    def _look_up(
+        self,
+        *,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        **_: Any,
+    ) -> list[list[int]]:
+        """Of each request the tokens that its text gives as drafts, or none.
+
+        Its text is what the runner had before this step, the step's accepted tokens, and the one sampled last.
+        """
+        requests = len(next_token_ids)
+        if not self.lookup_min or not (sampling_metadata.all_greedy or self.drafts_greedily):
+            return [[]] * requests
+        starts = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
+        ends = (
+            starts[1:]
+            if token_indices_to_sample is None
+            else (token_indices_to_sample[:requests] + 1).tolist()
+        )
+        before = self.runner.input_batch.token_ids_cpu
+        step, positions = target_token_ids.cpu().numpy(), target_positions.cpu().numpy()
+        found = []
+        for i, (start, end, last) in enumerate(zip(starts[:-1], ends, next_token_ids.tolist(), strict=True)):
+            text = np.concatenate([before[i, : positions[start]], step[start:end], [last]])
+            found.append(continuation(text, self.lookup_min, num_speculative_tokens))
+        return found
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
         """Whether the step has one token of each request, and its cache entries can be written later."""
@@ -150,9 +198,9 @@ class GriffinProposer(EagleProposer):
         with set_forward_context(None, self.vllm_config, num_tokens=len(slots), slot_mapping=mapping):
             self.model.model.write_cache(input_ids, positions, hidden_states)
 
-    def _draft(self, near: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _draft(self, drafting: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
         self._drafts = []
-        self._likelihood = 1.0 if all(near) else torch.tensor(near, device=self.device).float()
+        self._likelihood = 1.0 if all(drafting) else torch.tensor(drafting, device=self.device).float()
         self._missing = kwargs["num_speculative_tokens"]
         if isinstance(self.model, GriffinForCausalLM):
             self.model.writes_cache_only = self._missing == 0

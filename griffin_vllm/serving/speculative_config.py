@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 # engine dies at the first request.
 MAX_SPECULATIVE_TOKENS = 128
 
-STOP_PROBABILITY = "draft_stop_probability"
+STOP_PROBABILITY, PROMPT_LOOKUP = "draft_stop_probability", "prompt_lookup_min"
+# What is not vLLM's (or not with method `eagle`) and goes into the head's config on its way to the workers.
+HEAD_SETTINGS = (STOP_PROBABILITY, PROMPT_LOOKUP)
 # Keys of vLLM's speculative config that mean something for a GRIFFIN head and are passed on as they are.
 _PASSED_ON = {
     "attention_backend",
@@ -81,7 +83,7 @@ def resolve(
 ) -> dict[str, Any] | None:
     """The keyword arguments for vLLM's ``SpeculativeConfig``, or None when GRIFFIN is not asked for.
 
-    Among them may be one that is not vLLM's, ``STOP_PROBABILITY``: it belongs into the head's config.
+    Among them may be ``HEAD_SETTINGS``, which belong into the head's config.
 
     The first four arguments are the fields of the same names of ``EngineArgs``; ``target`` and
     ``parallel`` are the target's configs.
@@ -107,7 +109,7 @@ def resolve(
     given = {**_tuned(given, spec_tokens, head), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
-    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON or key == STOP_PROBABILITY}
+    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON or key in HEAD_SETTINGS}
     if not given.get("use_local_argmax_reduction"):
         passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
     if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
@@ -151,6 +153,12 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
         if key == "num_speculative_tokens_per_batch_size" and value is not None:
             _check_schedule(key, value)
         if key in _PASSED_ON or key in ("num_speculative_tokens", "revision") or value == defaults[key]:
+            continue
+        if key == PROMPT_LOOKUP:
+            if type(value) is not int or value < 0:
+                raise GriffinError.at(
+                    "speculative_config", key, value, "a number of tokens, or 0 to draft by the head alone"
+                )
             continue
         if key == "draft_tensor_parallel_size":
             if value != parallel.tensor_parallel_size:

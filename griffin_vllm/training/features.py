@@ -151,27 +151,38 @@ def write_cache(
     tokens: Sequence[Tensor],
     manifest: CacheManifest,
     progress: Callable[[int], None] = lambda done: None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> None:
     """Compute and store the features of ``tokens`` (int64 (T,) each); continues a partial cache.
+
+    Of ``ranks`` processes that do this together each writes every ``ranks``-th shard, and the first of them
+    what there is once.
 
     Raises:
         GriffinError: the disk has no room, or the folder holds the cache of something else.
     """
     check_caches({folder: manifest})
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / MANIFEST, lambda path: path.write_text(json.dumps(asdict(manifest)), encoding="utf-8"))
-    shared = {"embed_tokens": target.shared.embed_tokens}
-    if target.shared.lm_head is not target.shared.embed_tokens:
-        shared["lm_head"] = target.shared.lm_head
-    if target.shared.logit_softcap is not None:
-        shared["logit_softcap"] = torch.tensor(target.shared.logit_softcap)
-    _write(folder / SHARED, lambda path: save_file(shared, path))
-    for shard, run in enumerate(shards(manifest.lengths)):
+    if rank == 0:
+        text = json.dumps(asdict(manifest))
+        _write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        _write(folder / SHARED, lambda path: save_file(_shared_tensors(target.shared), path))
+    for shard, run in list(enumerate(shards(manifest.lengths)))[rank::ranks]:
         if not _shard_path(folder, shard).is_file():
             tensors = _compute(target, [tokens[i] for i in run], manifest.top_k, batch_tokens)
             _write(_shard_path(folder, shard), partial(save_file, tensors))
         progress(sum(manifest.lengths[i] for i in run))
+
+
+def _shared_tensors(shared: SharedWeights) -> dict[str, Tensor]:
+    tensors = {"embed_tokens": shared.embed_tokens}
+    if shared.lm_head is not shared.embed_tokens:
+        tensors["lm_head"] = shared.lm_head
+    if shared.logit_softcap is not None:
+        tensors["logit_softcap"] = torch.tensor(shared.logit_softcap)
+    return tensors
 
 
 def check_caches(caches: Mapping[Path, CacheManifest]) -> None:

@@ -289,22 +289,28 @@ class Trainer:
         return CachedSource(train), CachedSource(validation), train.shared_weights()
 
     def _cache(self, folder: Path, data: TokenDataset, manifest: CacheManifest) -> FeatureCache:
-        """Open a feature cache, writing it first (by one process) where it is not complete."""
-        config = self.config
-        with self.accelerator.main_process_first():
-            if not is_complete(folder, manifest):
-                size = manifest.size_in_bytes() / 1e9
+        """Open a feature cache, writing it first (each process its shards) where it is not complete."""
+        config, accelerator = self.config, self.accelerator
+        complete = is_complete(folder, manifest)
+        accelerator.wait_for_everyone()  # before somebody completes it
+        if not complete:
+            size = manifest.size_in_bytes() / 1e9
+            if accelerator.is_main_process:
                 self.console.print(f"writing {size:.1f} GB of target features to {folder}")
-                with Progress(console=self.console) as progress:
-                    task = progress.add_task(f"features, {data.split}", total=sum(manifest.lengths))
-                    tokens = [data[i][0] for i in range(len(data))]
-                    write_cache(
-                        folder,
-                        Target(config.target, self.device),
-                        tokens,
-                        manifest,
-                        lambda count: progress.advance(task, count),
-                    )
+            with Progress(console=self.console, disable=not accelerator.is_main_process) as progress:
+                task = progress.add_task(
+                    f"features, {data.split}", total=sum(manifest.lengths) / accelerator.num_processes
+                )
+                write_cache(
+                    folder,
+                    Target(config.target, self.device),
+                    [data[i][0] for i in range(len(data))],
+                    manifest,
+                    lambda count: progress.advance(task, count),
+                    rank=accelerator.process_index,
+                    ranks=accelerator.num_processes,
+                )
+            accelerator.wait_for_everyone()
         return FeatureCache(folder, manifest)
 
     def _draft_vocabulary(self, chat: ChatTarget) -> DraftVocabulary | None:

@@ -1,0 +1,168 @@
+"""Drafts that a request's own text gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from griffin_vllm.serving.lookup import continuation
+from tests.serving import tiny
+from tests.serving.engines import engine, spec_counters
+from tests.serving.test_draft_depth import ask
+
+K = 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "k", "expected"),
+    [
+        ([1, 2, 3, 9, 1, 2], 2, 4, [3, 9, 1, 2]),
+        ([1, 2, 3, 9, 1, 2], 2, 1, [3]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], 2, 1, [4]),
+        ([7, 7, 7, 7], 3, 4, [7]),
+        ([1, 2, 1, 2, 1], 3, 4, [2, 1]),
+        ([1, 2, 3, 4], 2, 4, []),
+        ([5], 1, 4, []),
+        ([], 1, 4, []),
+    ],
+)
+def test_the_latest_earlier_place_is_continued(
+    tokens: list[int], n: int, k: int, expected: list[int]
+) -> None:
+    assert continuation(np.array(tokens, dtype=np.int32), n, k) == expected
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 4), st.integers(1, 6))
+def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, k: int) -> None:
+    places = [i for i in range(len(tokens) - n) if tokens[i : i + n] == tokens[-n:]]
+    expected = tokens[places[-1] + n :][:k] if places else []
+    assert continuation(np.array(tokens, dtype=np.int64), n, k) == expected
+
+
+def head(folder: Path, **settings: Any) -> str:
+    return str(tiny.write_head(folder, tiny.CONFIG.model_copy(update=settings)))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.write_target(tmp_path_factory.mktemp("models") / "target"))
+
+
+REPEATING, FRESH = "one two three one two three one two", "hello world"
+
+
+@pytest.mark.parametrize("stop_probability", [0.0, 0.6])
+@pytest.mark.parametrize("padded", [True, False])
+def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_probability: float, padded: bool
+) -> None:
+    from griffin_vllm.serving import proposer
+
+    texts: list[list[int]] = []
+    found: list[list[int]] = []
+
+    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
+        texts.append(tokens.tolist())
+        found.append(continuation(tokens, n, k))
+        return found[-1]
+
+    monkeypatch.setattr(proposer, "continuation", noted)
+    with engine(model=target) as llm:
+        expected = ask(llm, REPEATING, FRESH)
+        prompts = [llm.get_tokenizer().encode(text) for text in (REPEATING, FRESH)]
+    looks_up = head(tmp_path / "head", prompt_lookup_min=2, draft_stop_probability=stop_probability)
+    speculation = {"method": "griffin", "model": looks_up, "num_speculative_tokens": K}
+    with engine(
+        model=target, speculative_config=speculation | {"disable_padded_drafter_batch": not padded}
+    ) as llm:
+        assert ask(llm, REPEATING, FRESH) == expected
+        assert ask(llm, REPEATING) == expected[:1]
+        assert spec_counters(llm)["num_accepted_tokens"] > 0
+    assert any(found)
+    whole = [prompt + answer for prompt, answer in zip(prompts, expected, strict=True)]
+    # what was searched is the request's text so far, to the token sampled last (a round may go past the answer's end)
+    assert all(any(text[: len(one)] == one[: len(text)] for one in whole) for text in texts)
+    assert {len(text) for text in texts} >= {len(prompts[0]) + 1, len(prompts[1]) + 1}
+
+
+def test_a_step_whose_drafts_are_all_looked_up_runs_no_draft_step(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving.model import GriffinForCausalLM
+
+    monkeypatch.setattr(proposer, "continuation", lambda tokens, n, k: [5] * k)
+    writes_only: list[bool] = []
+    forward = GriffinForCausalLM.forward
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        writes_only.append(self.writes_cache_only)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(GriffinForCausalLM, "forward", counted)
+    with engine(
+        model=target, spec_model=f"griffin:{head(tmp_path / 'head', prompt_lookup_min=1)}", spec_tokens=K
+    ) as llm:
+        writes_only.clear()
+        ask(llm, REPEATING, FRESH)
+    assert writes_only
+    assert all(writes_only)
+
+
+def test_an_operator_can_turn_lookup_on_and_off(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from griffin_vllm.serving import proposer
+
+    asked: list[int] = []
+
+    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
+        asked.append(n)
+        return continuation(tokens, n, k)
+
+    monkeypatch.setattr(proposer, "continuation", noted)
+    for of_head, of_operator in ((2, 0), (0, 3)):
+        speculation = {
+            "method": "griffin",
+            "model": head(tmp_path / str(of_head), prompt_lookup_min=of_head),
+            "num_speculative_tokens": K,
+            "prompt_lookup_min": of_operator,
+        }
+        asked.clear()
+        with engine(model=target, speculative_config=speculation) as llm:
+            ask(llm, REPEATING)
+        assert set(asked) == ({of_operator} if of_operator else set())
+
+
+@pytest.mark.parametrize(("sampler", "looks_up"), [("greedy", True), ("probabilistic", False)])
+def test_looked_up_drafts_go_with_greedy_ones_only(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, looks_up: bool
+) -> None:
+    from vllm import SamplingParams
+
+    from griffin_vllm.serving import proposer
+
+    asked: list[int] = []
+
+    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
+        asked.append(n)
+        return continuation(tokens, n, k)
+
+    monkeypatch.setattr(proposer, "continuation", noted)
+    speculation = {
+        "method": "griffin",
+        "model": head(tmp_path / "head", prompt_lookup_min=2),
+        "num_speculative_tokens": K,
+        "draft_sample_method": sampler,
+    }
+    with engine(model=target, speculative_config=speculation) as llm:
+        llm.generate([REPEATING], SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True))
+        assert bool(asked) == looks_up
+        asked.clear()
+        ask(llm, REPEATING)
+        assert asked
