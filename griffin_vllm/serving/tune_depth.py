@@ -8,7 +8,7 @@ Put together with what a round of k drafts costs, that gives the speed of every 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import linear_regression
+from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from griffin_vllm.serving.tuning import Point
@@ -22,11 +22,12 @@ WORTH_IT = 1.01
 
 
 class Chain(NamedTuple):
-    """A round's drafts: the head's probability of the first j of them together, for each j, and how many the
-    target accepted."""
+    """A round's drafts: the head's probability of the first j of them together, for each j (none where they were
+    looked up, ``lookup.py``), how many the target accepted, and how long the round took."""
 
     likelihoods: Sequence[float]
     accepted: int
+    step_ms: float
 
 
 class Depth(NamedTuple):
@@ -40,7 +41,7 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
     """The fastest depth for one request at a time; ``static`` without a threshold where none is worth it.
 
     ``points`` are those of one request at a time. A round's cost is taken as linear in its drafts, since the
-    noise of single costs would decide otherwise.
+    noise of single costs would decide otherwise; drafts that were looked up cost their verification only.
     """
     drafting = [point for point in points if point.num_speculative_tokens > 0]
     if len(drafting) < 2 or not chains:
@@ -49,10 +50,15 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
         [point.num_speculative_tokens for point in drafting], [point.step_ms for point in drafting]
     )
 
+    most = max(point.num_speculative_tokens for point in drafting)
+    looked_up = [chain.step_ms for chain in chains if not chain.likelihoods]
+    lookup_slope = max(0.0, median(looked_up) - first) / most if looked_up else 0.0
+
     def speed(depth: Depth) -> float:
         made = [drafts_made(chain, depth) for chain in chains]
         tokens = sum(1 + min(chain.accepted, drafts) for chain, drafts in zip(chains, made, strict=True))
-        return tokens / sum(first + slope * drafts for drafts in made)
+        slopes = [slope if chain.likelihoods else lookup_slope for chain in chains]
+        return tokens / sum(first + each * drafts for each, drafts in zip(slopes, made, strict=True))
 
     depths = [Depth(point.num_speculative_tokens, t) for point in drafting for t in THRESHOLDS]
     best, plain = max(depths, key=speed), Depth(static, 0.0)
@@ -61,6 +67,8 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
 
 def drafts_made(chain: Chain, depth: Depth) -> int:
     """The draft that makes a chain too unlikely has been made, and is verified, as in ``proposer.py``."""
+    if not chain.likelihoods:
+        return depth.num_speculative_tokens
     shown = chain.likelihoods[: depth.num_speculative_tokens]
     stops = (j for j, likelihood in enumerate(shown, 1) if likelihood < depth.draft_stop_probability)
     return next(stops, len(shown))
@@ -74,10 +82,10 @@ def record_chains(engine: LLMEngine) -> bool:
 def chains(engine: LLMEngine, rounds: Iterator[tuple[float, list[int]]]) -> list[Chain]:
     """The chains of one answer, whose rounds ``tune.decode`` goes through."""
     engine.collective_rpc(_recorded)
-    counts = [emitted for _, [emitted] in rounds]
+    counted = [(emitted, 1000 * seconds) for seconds, [emitted] in rounds]
     # the prefill's step drafts for the first round, and the last one's drafts are not verified
     drafted = engine.collective_rpc(_recorded)[0]
-    return [Chain(likelihoods, count - 1) for likelihoods, count in zip(drafted, counts, strict=False)]
+    return [Chain(one, count - 1, ms) for one, (count, ms) in zip(drafted, counted, strict=False)]
 
 
 def _start_recording(worker: Any) -> bool:
