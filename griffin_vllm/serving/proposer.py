@@ -42,8 +42,9 @@ class GriffinProposer(EagleProposer):
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
 
     *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
-    them is its draft (``lookup.py``) and the head makes none for it. Needs what dynamic depth needs. Such drafts
-    are certain ones, so they go with greedy drafts only.
+    them is its draft (``lookup.py``) and the head makes none for it; a chain of the head's ends in the same way as
+    soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain ones, so they go
+    with greedy drafts only.
 
     *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 
@@ -85,6 +86,9 @@ class GriffinProposer(EagleProposer):
         self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
         self._likelihood: torch.Tensor | float = 1.0
+        # Of each request its text, drafts included, where that is searched, and all of its drafts once they are found.
+        self._texts: list[np.ndarray] = []
+        self._found: list[list[int]] = []
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; a target that takes LoRA adapters shares its embeddings without them.
@@ -104,9 +108,12 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        found = self._look_up(**kwargs) if wanted and not all_far else [[]] * len(near)
-        drafting = [close and not tokens for close, tokens in zip(near, found, strict=True)]
-        idle = wanted == 0 or all_far or (any(found) and not any(drafting))
+        self._texts = self._texts_so_far(**kwargs) if wanted and not all_far else []
+        self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts] or [[]] * len(
+            near
+        )
+        drafting = [close and not tokens for close, tokens in zip(near, self._found, strict=True)]
+        idle = wanted == 0 or all_far or not any(drafting)
         if idle and self._only_decodes(kwargs["common_attn_metadata"]):
             drafts = self._postpone(**kwargs)
         else:
@@ -114,11 +121,11 @@ class GriffinProposer(EagleProposer):
             drafts = self._draft(
                 drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
             )
-        if all(drafting) or (all_far and self.scheduler_waits):
+        if (all(near) and not any(self._found)) or (all_far and self.scheduler_waits):
             return drafts
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
-        rows = zip(near, found, drafts.tolist(), strict=True)
+        rows = zip(near, self._found, drafts.tolist(), strict=True)
         return [(tokens or row) if close else [] for close, tokens, row in rows]
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
@@ -128,10 +135,9 @@ class GriffinProposer(EagleProposer):
         lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         return (lengths <= self.context_limit).tolist()
 
-    def _look_up(
+    def _texts_so_far(
         self,
         *,
-        num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
         target_positions: torch.Tensor,
         next_token_ids: torch.Tensor,
@@ -139,27 +145,23 @@ class GriffinProposer(EagleProposer):
         common_attn_metadata: CommonAttentionMetadata,
         sampling_metadata: SamplingMetadata,
         **_: Any,
-    ) -> list[list[int]]:
-        """Of each request the tokens that its text gives as drafts, or none.
-
-        Its text is what the runner had before this step, the step's accepted tokens, and the one sampled last.
-        """
-        requests = len(next_token_ids)
+    ) -> list[np.ndarray]:
+        """Of each request what the runner had before this step, the step's accepted tokens, and the one sampled last;
+        empty where nothing is to be looked up."""
         if not self.lookup_min or not (sampling_metadata.all_greedy or self.drafts_greedily):
-            return [[]] * requests
-        starts = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
-        ends = (
-            starts[1:]
+            return []
+        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        lasts = (
+            [end - 1 for end in starts[1:]]
             if token_indices_to_sample is None
-            else (token_indices_to_sample[:requests] + 1).tolist()
+            else token_indices_to_sample.tolist()
         )
         before = self.runner.input_batch.token_ids_cpu
         step, positions = target_token_ids.cpu().numpy(), target_positions.cpu().numpy()
-        found = []
-        for i, (start, end, last) in enumerate(zip(starts[:-1], ends, next_token_ids.tolist(), strict=True)):
-            text = np.concatenate([before[i, : positions[start]], step[start:end], [last]])
-            found.append(continuation(text, self.lookup_min, num_speculative_tokens))
-        return found
+        return [
+            np.concatenate([before[i, : positions[starts[i]]], step[starts[i] : lasts[i] + 1], [sampled]])
+            for i, sampled in enumerate(next_token_ids.tolist())
+        ]
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
         """Whether the step has one token of each request, and its cache entries can be written later."""
@@ -218,11 +220,24 @@ class GriffinProposer(EagleProposer):
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy drafts (N,) of predict (N, d), whatever the drafts of other temperatures are made by."""
-        if not self.stop_probability:
+        if not self.stop_probability and not self._texts:
             return self.model.get_top_tokens(hidden_states)
         tokens, probabilities = self.model.get_top_tokens_and_probabilities(hidden_states)
         self._drafts.append(tokens)
         self._likelihood = self._likelihood * probabilities
-        if self._missing and self._likelihood.max() < self.stop_probability:
+        if self._missing and self._texts:
+            self._look_further(tokens)
+        if self._missing and self._likelihood.max() <= self.stop_probability:
             raise DraftedEnough
         return tokens
+
+    def _look_further(self, tokens: torch.Tensor) -> None:
+        """Look up how the texts go on after these drafts (requests,); what is found ends a request's chain."""
+        assert isinstance(self._likelihood, torch.Tensor)
+        for i, (token, likelihood) in enumerate(zip(tokens.tolist(), self._likelihood.tolist(), strict=True)):
+            if likelihood <= self.stop_probability:
+                continue
+            self._texts[i] = np.append(self._texts[i], token)
+            if following := continuation(self._texts[i], self.lookup_min, self._missing):
+                self._found[i] = [int(draft[i]) for draft in self._drafts] + following
+                self._likelihood[i] = 0.0

@@ -22,11 +22,13 @@ WORTH_IT = 1.01
 
 
 class Chain(NamedTuple):
-    """A round's drafts: the head's probability of the first j of them together, for each j (none where they were
-    looked up, ``lookup.py``), how many the target accepted, and how long the round took."""
+    """A round's drafts: the head's probability of the first j of them together, for each j (drafts that were looked
+    up, ``lookup.py``, add nothing to it), how many the target accepted, how many of them the head made, and how
+    long the round took."""
 
     likelihoods: Sequence[float]
     accepted: int
+    by_head: int
     step_ms: float
 
 
@@ -51,14 +53,17 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
     )
 
     most = max(point.num_speculative_tokens for point in drafting)
-    looked_up = [chain.step_ms for chain in chains if not chain.likelihoods]
+    looked_up = [chain.step_ms for chain in chains if chain.by_head == 0]
     lookup_slope = max(0.0, median(looked_up) - first) / most if looked_up else 0.0
 
     def speed(depth: Depth) -> float:
-        made = [drafts_made(chain, depth) for chain in chains]
-        tokens = sum(1 + min(chain.accepted, drafts) for chain, drafts in zip(chains, made, strict=True))
-        slopes = [slope if chain.likelihoods else lookup_slope for chain in chains]
-        return tokens / sum(first + each * drafts for each, drafts in zip(slopes, made, strict=True))
+        tokens, cost = 0, 0.0
+        for chain in chains:
+            drafts = drafts_made(chain, depth)
+            by_head = min(drafts, chain.by_head)
+            tokens += 1 + min(chain.accepted, drafts)
+            cost += first + slope * by_head + lookup_slope * (drafts - by_head)
+        return tokens / cost
 
     depths = [Depth(point.num_speculative_tokens, t) for point in drafting for t in THRESHOLDS]
     best, plain = max(depths, key=speed), Depth(static, 0.0)
@@ -67,8 +72,6 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
 
 def drafts_made(chain: Chain, depth: Depth) -> int:
     """The draft that makes a chain too unlikely has been made, and is verified, as in ``proposer.py``."""
-    if not chain.likelihoods:
-        return depth.num_speculative_tokens
     shown = chain.likelihoods[: depth.num_speculative_tokens]
     stops = (j for j, likelihood in enumerate(shown, 1) if likelihood < depth.draft_stop_probability)
     return next(stops, len(shown))
@@ -84,8 +87,11 @@ def chains(engine: LLMEngine, rounds: Iterator[tuple[float, list[int]]]) -> list
     engine.collective_rpc(_recorded)
     counted = [(emitted, 1000 * seconds) for seconds, [emitted] in rounds]
     # the prefill's step drafts for the first round, and the last one's drafts are not verified
-    drafted = engine.collective_rpc(_recorded)[0]
-    return [Chain(one, count - 1, ms) for one, (count, ms) in zip(drafted, counted, strict=False)]
+    drafted = zip(engine.collective_rpc(_recorded)[0], counted, strict=False)
+    return [
+        Chain([*made, *[made[-1] if made else 1.0] * looked_up], count - 1, len(made), ms)
+        for (made, looked_up), (count, ms) in drafted
+    ]
 
 
 def _start_recording(worker: Any) -> bool:
@@ -97,23 +103,27 @@ def _start_recording(worker: Any) -> bool:
     # never reached, and enough for the likelihoods to be computed
     drafter.stop_probability = 1e-30
     propose, sample = drafter.propose, drafter._greedy_sample
+    made: list[float] = []
 
     def noted_propose(*args: Any, **kwargs: Any) -> Any:
-        drafter.chains.append([])
-        return propose(*args, **kwargs)
+        made.clear()
+        drafts = propose(*args, **kwargs)
+        drafter.chains.append((list(made), len(drafts[0]) - len(made)))
+        return drafts
 
     def noted_sample(*args: Any) -> Any:
-        tokens = sample(*args)
-        drafter.chains[-1].append(float(drafter._likelihood.max()))
-        return tokens
+        chain = drafter._likelihood
+        _, probabilities = drafter.model.get_top_tokens_and_probabilities(*args)
+        made.append(float((chain * probabilities).max()))
+        return sample(*args)
 
     drafter.propose, drafter._greedy_sample = noted_propose, noted_sample
     return True
 
 
-def _recorded(worker: Any) -> list[list[float]]:
-    """In the worker: the chains since last asked."""
+def _recorded(worker: Any) -> list[tuple[list[float], int]]:
+    """In the worker: since last asked, the likelihoods of the head's drafts and the number of those looked up."""
     drafter = worker.model_runner.drafter
-    found: list[list[float]] = drafter.chains
+    found: list[tuple[list[float], int]] = drafter.chains
     drafter.chains = []
     return found

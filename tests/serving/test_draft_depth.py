@@ -225,24 +225,6 @@ LIMIT = 60
 SHORT, LONG = "hello world", "a long text, longer than the limit of the head from its beginning on"
 
 
-@pytest.fixture
-def drafted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Of each request and step: tokens of its context, and of the drafts that the scheduler got for it."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    found: list[tuple[int, int]] = []
-    update = Scheduler.update_draft_token_ids
-
-    def noted(self: Any, drafts: Any) -> None:
-        for request, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
-            if request in self.requests:
-                found.append((self.requests[request].num_tokens, len(tokens)))
-        update(self, drafts)
-
-    monkeypatch.setattr(Scheduler, "update_draft_token_ids", noted)
-    return found
-
-
 @pytest.mark.parametrize("stop_probability", [0.0, 0.6])
 def test_requests_past_the_heads_limit_get_no_drafts_and_others_beside_them_do(
     target: str, tmp_path: Path, drafted: list[tuple[int, int]], stop_probability: float

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from griffin_vllm.serving.lookup import continuation
+from griffin_vllm.serving.lookup import LONGEST, continuation
 from tests.serving import tiny
 from tests.serving.engines import engine, spec_counters
 from tests.serving.test_draft_depth import ask
@@ -24,6 +24,7 @@ K = 4
         ([1, 2, 3, 9, 1, 2], 2, 4, [3, 9, 1, 2]),
         ([1, 2, 3, 9, 1, 2], 2, 1, [3]),
         ([1, 2, 3, 1, 2, 4, 1, 2], 2, 1, [4]),
+        ([8, 1, 2, 3, 1, 2, 4, 8, 1, 2], 2, 1, [3]),
         ([7, 7, 7, 7], 3, 4, [7]),
         ([1, 2, 1, 2, 1], 3, 4, [2, 1]),
         ([1, 2, 3, 4], 2, 4, []),
@@ -31,16 +32,19 @@ K = 4
         ([], 1, 4, []),
     ],
 )
-def test_the_latest_earlier_place_is_continued(
+def test_the_latest_place_that_agrees_furthest_is_continued(
     tokens: list[int], n: int, k: int, expected: list[int]
 ) -> None:
     assert continuation(np.array(tokens, dtype=np.int32), n, k) == expected
 
 
-@given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 4), st.integers(1, 6))
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, LONGEST + 1), st.integers(1, 6))
 def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, k: int) -> None:
-    places = [i for i in range(len(tokens) - n) if tokens[i : i + n] == tokens[-n:]]
-    expected = tokens[places[-1] + n :][:k] if places else []
+    for length in range(max(n, LONGEST), n - 1, -1):
+        places = [i for i in range(len(tokens) - length) if tokens[i : i + length] == tokens[-length:]]
+        if places:
+            break
+    expected = tokens[places[-1] + length :][:k] if places else []
     assert continuation(np.array(tokens, dtype=np.int64), n, k) == expected
 
 
@@ -67,7 +71,8 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
     found: list[list[int]] = []
 
     def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
-        texts.append(tokens.tolist())
+        if k == K:  # before the head drafts
+            texts.append(tokens.tolist())
         found.append(continuation(tokens, n, k))
         return found[-1]
 
@@ -112,6 +117,33 @@ def test_a_step_whose_drafts_are_all_looked_up_runs_no_draft_step(
         ask(llm, REPEATING, FRESH)
     assert writes_only
     assert all(writes_only)
+
+
+@pytest.mark.parametrize("stop_probability", [0.0, 0.3])
+def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drafted: list[tuple[int, int]],
+    stop_probability: float,
+) -> None:
+    from griffin_vllm.serving import proposer
+
+    searches: list[int] = []
+
+    def after_one_draft(tokens: np.ndarray, n: int, k: int) -> list[int]:
+        searches.append(k)
+        return [] if k == K else [5] * k
+
+    monkeypatch.setattr(proposer, "continuation", after_one_draft)
+    with engine(model=target) as llm:
+        expected = ask(llm, FRESH, REPEATING)
+    looks_up = head(tmp_path / "head", prompt_lookup_min=1, draft_stop_probability=stop_probability)
+    with engine(model=target, spec_model=f"griffin:{looks_up}", spec_tokens=K) as llm:
+        assert ask(llm, FRESH, REPEATING) == expected
+    # the text before drafting, and once more with the head's first draft; then the chain is whole
+    assert set(searches) == {K, K - 1}
+    assert {drafts for _, drafts in drafted} == {K}
 
 
 def test_an_operator_can_turn_lookup_on_and_off(
