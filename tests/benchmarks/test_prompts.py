@@ -99,6 +99,17 @@ def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(t
     ]
 
 
+def test_prompt_lookup_is_told_from_the_head_alone(tmp_path: Path) -> None:
+    head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update={"prompt_lookup_min": 2}))
+    both = runs(parse_methods(f"griffin:{head},griffin-alone:{head}"), [3])
+    assert [method_name(run.fields()) for run in both] == [
+        "griffin (head, lookup from 2)",
+        "griffin-alone (head)",
+    ]
+    assert [(run.speculative_config or {}).get("prompt_lookup_min") for run in both] == [None, 0]
+    assert [run.method.is_griffin for run in both] == [True, True]
+
+
 def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_path: Path) -> None:
     folder = tiny.write_head(tmp_path / "head")
     [griffin] = parse_methods(f"griffin:{folder}")

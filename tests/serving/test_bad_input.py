@@ -501,6 +501,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "code_revision": ("main", "brings no code"),
     "revision": ("main", r"revision is 'main', expected none \(the head is"),
     "prompt_lookup_max": (4, "belongs to another method"),
+    "prompt_lookup_min": (-1, "expected a number of tokens"),
     "suffix_decoding_max_tree_depth": (3, "belongs to another method"),
     "dspark_draft_topk": (3, "belongs to another method"),
     "speculative_token_tree": ("[(0,)]", "is not a key of this vLLM"),

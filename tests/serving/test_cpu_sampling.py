@@ -213,7 +213,10 @@ def reduced_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["greedy", "probabilistic", "probabilistic, half of the vocabulary"])
+@pytest.fixture(
+    scope="module",
+    params=["greedy", "greedy, looked up", "probabilistic", "probabilistic, half of the vocabulary"],
+)
 def speculating(
     request: pytest.FixtureRequest,
     target: Path,
@@ -221,8 +224,13 @@ def speculating(
     reduced_head: Path,
     without_speculation: dict[str, Counter[Tokens]],  # its engine is gone before the next one starts
 ) -> Iterator[LLM]:
-    method, _, reduced = request.param.partition(", ")
-    with sampling_engine(target, reduced_head if reduced else head, draft_sample_method=method) as llm:
+    method, _, variant = request.param.partition(", ")
+    with sampling_engine(
+        target,
+        reduced_head if variant == "half of the vocabulary" else head,
+        draft_sample_method=method,
+        prompt_lookup_min=1 if variant == "looked up" else 0,
+    ) as llm:
         yield llm
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -147,6 +148,19 @@ def test_preempted_requests(compare: Compare) -> None:
     # 12 pages of 32 tokens in 3 layers, of which 8 requests of about 190 tokens want 48
     page = 32 * 2 * tiny.HIDDEN_SIZE * 4
     compare(ask, block_size=32, kv_cache_memory_bytes=3 * 14 * page, enable_prefix_caching=False)
+
+
+def test_every_way_of_drafting_less_at_once(compare: Compare, tmp_path: Path) -> None:
+    options = {"prompt_lookup_min": 2, "draft_stop_probability": 0.5, "draft_context_limit": 160}
+    head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
+    texts = prompts(8, length=40)
+    page = 32 * 2 * tiny.HIDDEN_SIZE * 4
+    compare(
+        lambda llm: [generate(llm, texts, sampling(max_tokens=150)), generate(llm, texts[:1], sampling())],
+        only_speculating={"spec_model": f"griffin:{head}"},
+        block_size=32,
+        kv_cache_memory_bytes=3 * 14 * page,
+    )
 
 
 def test_requests_that_end_inside_a_draft(compare: Compare, models: Models) -> None:

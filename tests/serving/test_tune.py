@@ -220,7 +220,7 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
 
     # every round of the answers given one at a time: 16 tokens, the first from the prefill
     assert sum(1 + chain.accepted for chain in chains) == len(PROMPTS) * 15
-    assert {len(chain.likelihoods) for chain in chains} == {2}
+    assert {len(chain.likelihoods) for chain in chains} == {2} == {chain.by_head for chain in chains}
     assert all(0 < chain.likelihoods[1] <= chain.likelihoods[0] <= 1 for chain in chains)
 
     write_tuning(head / TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
