@@ -37,7 +37,7 @@ class GriffinProposer(EagleProposer):
     (regress) back as hidden states, K times, keeping the head's KV cache in step with what the
     target accepts. EAGLE returns one vector twice there; the dual head returns two.
 
-    *Dynamic depth*: greedy drafting stops as soon as no request's chain is, by the head's own
+    *Dynamic depth*: drafting stops as soon as no request's chain is, by the head's own top
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
 
@@ -81,7 +81,9 @@ class GriffinProposer(EagleProposer):
         # A KV connector reads blocks behind the proposer's back.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
+        # Of each draft step of this round: tokens (requests,) and, where they were sampled, (requests, vocabulary).
         self._drafts: list[torch.Tensor] = []
+        self._draft_distributions: list[torch.Tensor] = []
         # Drafts of this round that are still to be made.
         self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
@@ -108,7 +110,8 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        self._texts = self._texts_so_far(**kwargs) if wanted and not all_far else []
+        looks_up = self.lookup_min and wanted and not all_far
+        self._texts = self._texts_so_far(**kwargs) if looks_up else []
         self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts] or [[]] * len(
             near
         )
@@ -147,8 +150,8 @@ class GriffinProposer(EagleProposer):
         **_: Any,
     ) -> list[np.ndarray]:
         """Of each request what the runner had before this step, the step's accepted tokens, and the one sampled last;
-        empty where nothing is to be looked up."""
-        if not self.lookup_min or not (sampling_metadata.all_greedy or self.drafts_greedily):
+        empty where the drafts are sampled."""
+        if not (sampling_metadata.all_greedy or self.drafts_greedily):
             return []
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
         lasts = (
@@ -201,7 +204,7 @@ class GriffinProposer(EagleProposer):
             self.model.model.write_cache(input_ids, positions, hidden_states)
 
     def _draft(self, drafting: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._drafts = []
+        self._drafts, self._draft_distributions = [], []
         self._likelihood = 1.0 if all(drafting) else torch.tensor(drafting, device=self.device).float()
         self._missing = kwargs["num_speculative_tokens"]
         if isinstance(self.model, GriffinForCausalLM):
@@ -210,34 +213,44 @@ class GriffinProposer(EagleProposer):
         try:
             return super().propose(*args, **kwargs)
         except DraftedEnough:
+            if self._draft_distributions:
+                self._last_draft_probs = torch.stack(self._draft_distributions, dim=1)
             return torch.stack(self._drafts, dim=1)
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._missing -= 1
         if isinstance(self.model, GriffinForCausalLM):
             self.model.feeds_back = self._missing > 1
-        return super()._sample_draft_tokens(*args, **kwargs)
+        tokens, distributions = super()._sample_draft_tokens(*args, **kwargs)
+        if distributions is not None and self.stop_probability:
+            self._draft_distributions.append(distributions)
+            # Not of the token that was drawn: an unlikely one is accepted as often as the target wants it, too.
+            self._go_on_or_stop(tokens, distributions.amax(dim=-1))
+        return tokens, distributions
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy drafts (N,) of predict (N, d), whatever the drafts of other temperatures are made by."""
         if not self.stop_probability and not self._texts:
             return self.model.get_top_tokens(hidden_states)
         tokens, probabilities = self.model.get_top_tokens_and_probabilities(hidden_states)
+        self._go_on_or_stop(tokens, probabilities)
+        return tokens
+
+    def _go_on_or_stop(self, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Note the drafts of one step, and the head's top probabilities, (requests,) both."""
         self._drafts.append(tokens)
         self._likelihood = self._likelihood * probabilities
         if self._missing and self._texts:
-            self._look_further(tokens)
+            self._look_further(tokens, self._likelihood)
         if self._missing and self._likelihood.max() <= self.stop_probability:
             raise DraftedEnough
-        return tokens
 
-    def _look_further(self, tokens: torch.Tensor) -> None:
+    def _look_further(self, tokens: torch.Tensor, likelihood: torch.Tensor) -> None:
         """Look up how the texts go on after these drafts (requests,); what is found ends a request's chain."""
-        assert isinstance(self._likelihood, torch.Tensor)
-        for i, (token, likelihood) in enumerate(zip(tokens.tolist(), self._likelihood.tolist(), strict=True)):
-            if likelihood <= self.stop_probability:
+        for i, (token, likely) in enumerate(zip(tokens.tolist(), likelihood.tolist(), strict=True)):
+            if likely <= self.stop_probability:
                 continue
             self._texts[i] = np.append(self._texts[i], token)
             if following := continuation(self._texts[i], self.lookup_min, self._missing):
                 self._found[i] = [int(draft[i]) for draft in self._drafts] + following
-                self._likelihood[i] = 0.0
+                likelihood[i] = 0.0

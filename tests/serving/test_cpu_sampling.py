@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,21 +215,38 @@ def reduced_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def stopping_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
+    """Leaves the drafting loop after one token of two: its distributions are flat."""
+    folder = tmp_path_factory.mktemp("stopping") / "griffin"
+    shutil.copytree(head, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.9}))
+    return folder
+
+
 @pytest.fixture(
     scope="module",
-    params=["greedy", "greedy, looked up", "probabilistic", "probabilistic, half of the vocabulary"],
+    params=[
+        "greedy",
+        "greedy, looked up",
+        "probabilistic",
+        "probabilistic, half of the vocabulary",
+        "probabilistic, stopping early",
+    ],
 )
 def speculating(
     request: pytest.FixtureRequest,
     target: Path,
     head: Path,
     reduced_head: Path,
+    stopping_head: Path,
     without_speculation: dict[str, Counter[Tokens]],  # its engine is gone before the next one starts
 ) -> Iterator[LLM]:
     method, _, variant = request.param.partition(", ")
     with sampling_engine(
         target,
-        reduced_head if variant == "half of the vocabulary" else head,
+        {"half of the vocabulary": reduced_head, "stopping early": stopping_head}.get(variant, head),
         draft_sample_method=method,
         prompt_lookup_min=1 if variant == "looked up" else 0,
     ) as llm:

@@ -294,7 +294,7 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     monkeypatch.setattr(EagleProposer, "propose", draft)
     proposer: Any = object.__new__(GriffinProposer)
     proposer.context_limit, proposer.device, proposer.model = LIMIT, torch.device("cpu"), None
-    proposer.steps_may_vary, proposer.scheduler_waits = True, False
+    proposer.steps_may_vary, proposer.scheduler_waits, proposer.lookup_min = True, False, 0
     proposer.may_postpone, proposer.postponed = False, PostponedWrites(lambda *_: None)
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
