@@ -150,18 +150,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--best-k-from",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="TUNING.json",
-        help="a record of this script on other prompts: also run each method at the K that was fastest there",
+        help="records of this script on other prompts: also run each method at the K that was fastest there (in the "
+        "last of them that has it)",
     )
     parser.add_argument("--served", action="store_true", help="measure with `vllm bench serve`")
     args = parser.parse_args(argv)
     methods, sets = records.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
-    best = {}
-    if args.best_k_from:
-        check_tuning_record(args.best_k_from, record.settings)
-        best = best_ks(args.best_k_from)
+    best: dict[Method, int] = {}
+    for tuning in args.best_k_from:
+        check_tuning_record(tuning, record.settings)
+        best |= best_ks(tuning)
     planned = _plan(methods, args.num_speculative_tokens, best)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)

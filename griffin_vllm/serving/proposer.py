@@ -112,11 +112,10 @@ class GriffinProposer(EagleProposer):
         all_far = self.steps_may_vary and not any(near)
         looks_up = self.lookup_min and wanted and not all_far
         self._texts = self._texts_so_far(**kwargs) if looks_up else []
-        self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts] or [[]] * len(
-            near
-        )
+        self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
+        self._found = self._found or [[]] * len(near)
         drafting = [close and not tokens for close, tokens in zip(near, self._found, strict=True)]
-        idle = wanted == 0 or all_far or not any(drafting)
+        idle = wanted == 0 or (self.steps_may_vary and not any(drafting))
         if idle and self._only_decodes(kwargs["common_attn_metadata"]):
             drafts = self._postpone(**kwargs)
         else:
