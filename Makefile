@@ -79,7 +79,9 @@ HEADS := benchmarks/baselines
 # One training, two draft vocabularies: what the reduced one gives is not the head's merit.
 REDUCED := runs/draft-8192
 BENCH_HEADS ?= eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:$(HEADS)/hass-matched-$(TARGET),$\
-griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
+griffin:$(HEADS)/griffin-$(TARGET),griffin-alone:$(TARGET),griffin:$(TARGET)
+# Deep chains are for those that look up.
+BENCH_LOOKUP ?= ngram,griffin-alone:$(TARGET),griffin:$(TARGET)
 BENCH_METHODS = none,ngram,$(BENCH_HEADS),griffin:$(REDUCED)
 DATA := ../shared/data
 BENCH_PROMPTS ?= $(DATA)/prompts/mt_bench.jsonl $(DATA)/prompts/gsm8k.jsonl $(DATA)/sharegpt-heldout.json
@@ -100,6 +102,8 @@ bench: bench-acceptance bench-speed bench-load bench-round bench-report
 bench-acceptance: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods ngram,$(BENCH_HEADS) --num-speculative-tokens 3,5 \
 	  --num-prompts 20 --json $(RESULTS)/acceptance.json
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_LOOKUP) --num-speculative-tokens 8 \
+	  --num-prompts 20 --json $(RESULTS)/acceptance-lookup.json
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,$(BENCH_HEADS) --num-speculative-tokens 3 \
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
 	  --json $(RESULTS)/acceptance-sampled.json
@@ -115,8 +119,11 @@ bench-speed: $(REDUCED)/config.json
 	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file); done
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
 	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) \
-	  --num-speculative-tokens 3,5 --best-k-from $(RESULTS)/speed-tuning.json --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
+	  --methods none,$(BENCH_LOOKUP) --num-speculative-tokens 3,5,8 --repeats 1 \
+	  --json $(RESULTS)/speed-tuning-lookup.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) --num-speculative-tokens 2 \
+	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
 	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled.json
@@ -125,7 +132,7 @@ bench-speed: $(REDUCED)/config.json
 	  --json $(RESULTS)/speed-long.json
 
 bench-load: $(INSTALLED) demo-model
-	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
+	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --max-k 8 $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
@@ -144,7 +151,7 @@ bench-round: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-sampled speed speed-sampled speed-long speed-by-load speed-by-load-fixed \
+RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-sampled speed-long speed-by-load speed-by-load-fixed \
   speed-served round startup
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
