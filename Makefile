@@ -89,7 +89,9 @@ BENCH_CORPUS ?= $(DATA)/smollm2-regenerated.jsonl.gz
 # Their last lines choose each method's best K; the speed runs measure with the first ones.
 BENCH_TUNING ?= $(filter %.jsonl,$(BENCH_PROMPTS))
 # Where the time of a round and of a start goes: HASS heads are EAGLE heads there.
-BENCH_PHASES := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET)
+# The bundled head's rounds are of different depths.
+BENCH_PHASES := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(REDUCED)
+BENCH_STARTS := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET),none
 BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
 BENCH_FIRST = --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS))
 # Not compiled, for the reason that `serve` gives.
@@ -144,11 +146,11 @@ bench-load: $(INSTALLED) demo-model
 	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 3 --concurrency 1,4 --num-prompts 8 \
 	  --max-tokens 64 --json $(RESULTS)/speed-served.json
 
-bench-round: $(INSTALLED) demo-model
+bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) --enforce-eager \
 	  --methods $(BENCH_PHASES) --num-prompts 8 --num-speculative-tokens 3 --concurrency 1,8 --max-tokens 64 \
 	  --repeats 3 --json $(RESULTS)/round.json
-	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_PHASES),none \
+	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-sampled speed-long speed-by-load speed-by-load-fixed \

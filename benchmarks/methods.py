@@ -69,7 +69,10 @@ class Run:
     @property
     def speculative_config(self) -> dict[str, Any] | None:
         config = self.method.speculative_config(self.num_speculative_tokens, self.draft_sample_method)
-        return config | self.tuning.speculative_config() if config and self.tuning else config
+        if config and self.tuning:
+            # said nothing else, the plugin takes all of the tuning
+            del config["num_speculative_tokens"]
+        return config
 
     @property
     def label(self) -> str:
@@ -92,8 +95,9 @@ class Run:
         config = self.method.config
         if config and config.draft_vocab_size < config.vocab_size:
             fields["draft_vocab_size"] = config.draft_vocab_size
-        if config and config.draft_stop_probability > 0:
-            fields["draft_stop_probability"] = config.draft_stop_probability
+        depth = self.tuning or config
+        if depth and depth.draft_stop_probability > 0:
+            fields["draft_stop_probability"] = depth.draft_stop_probability
         if config and config.prompt_lookup_min and self.method.name == "griffin":
             fields["prompt_lookup_min"] = config.prompt_lookup_min
         if self.tuning:
@@ -167,7 +171,7 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
             planned.append(Run(method, 0))
             continue
         planned += [Run(method, k) for k in ks if isinstance(k, int)]
-        if TUNED in ks and method.is_griffin:
+        if TUNED in ks and method.name == "griffin":
             planned.append(_tuned(method))
     return planned
 

@@ -458,9 +458,11 @@ RELIED_ON = (
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
     "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
+    "vllm.v1.spec_decode.eagle:EagleProposer.speculative_config",
+    "vllm.v1.spec_decode.eagle:EagleProposer._last_draft_probs",
+    "vllm.v1.spec_decode.eagle:EagleProposer._sample_draft_tokens",
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
-    "max_query_len, slot_mapping)",
-    "vllm.v1.attention.backend:CommonAttentionMetadata(query_start_loc_cpu)",
+    "max_query_len, slot_mapping, query_start_loc_cpu)",
     "vllm.v1.sample.metadata:SamplingMetadata(all_greedy)",
     "vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",

@@ -8,30 +8,28 @@ vLLM's `ngram` method drafts from nothing else (``vllm/v1/spec_decode/ngram_prop
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 # A longer agreement says more about what follows, up to here.
 LONGEST = 5
 
 
 def continuation(tokens: np.ndarray, n: int, k: int) -> list[int]:
-    """Up to ``k`` tokens that followed an earlier place of the last ``n`` (at least 1) of ``tokens``: of all places
-    the latest of those that agree furthest back, ``LONGEST`` tokens at most.
+    """``k`` tokens that may follow ``tokens``, since they followed where the last ``n`` (at least 1) stood before: of
+    all such places the latest of those that agree furthest back, ``LONGEST`` tokens at most.
 
     ``tokens`` is (T,) of any integer type; the result is empty where the last ``n`` stand there for the first
-    time. The place may overlap with the end, as it does in a loop that is shorter than ``n``.
+    time. Where the text ends before ``k`` tokens followed, it goes on as a loop does, from that place again.
     """
-    if len(tokens) <= n:
-        return []
-    starts = (sliding_window_view(tokens[:-1], n) == tokens[-n:]).all(axis=1).nonzero()[0]
-    if not starts.size:
-        return []
-    for further in range(1, min(LONGEST, len(tokens) - 1) - n + 1):
-        inside = starts[starts >= further]
-        agreeing = inside[tokens[inside - further] == tokens[-n - further]]
+    places = (tokens[:-1] == tokens[-1:]).nonzero()[0]
+    for back in range(1, max(n, LONGEST)):
+        inside = places[places >= back]
+        agreeing = inside[tokens[inside - back] == tokens[-1 - back]] if inside.size else inside
         if not agreeing.size:
+            if back < n:
+                return []
             break
-        starts = agreeing
-    follows = int(starts[-1]) + n
-    following: list[int] = tokens[follows : follows + k].tolist()
+        places = agreeing
+    if not places.size:
+        return []
+    following: list[int] = np.resize(tokens[places[-1] + 1 :], k).tolist()
     return following

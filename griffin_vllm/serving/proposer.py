@@ -107,13 +107,15 @@ class GriffinProposer(EagleProposer):
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[list[int]]:
         """Drafts (requests, K or fewer); a list where requests get different numbers of them."""
+        # Not every way below leads through vLLM's own loop.
+        self._last_draft_probs: torch.Tensor | None = None
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        looks_up = self.lookup_min and wanted and not all_far
-        self._texts = self._texts_so_far(**kwargs) if looks_up else []
-        self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
-        self._found = self._found or [[]] * len(near)
+        self._texts, self._found = [], [[] for _ in near]
+        if wanted and not all_far and self._looks_up(kwargs["sampling_metadata"]):
+            self._texts = self._texts_so_far(**kwargs)
+            self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
         drafting = [close and not tokens for close, tokens in zip(near, self._found, strict=True)]
         idle = wanted == 0 or (self.steps_may_vary and not any(drafting))
         if idle and self._only_decodes(kwargs["common_attn_metadata"]):
@@ -137,6 +139,10 @@ class GriffinProposer(EagleProposer):
         lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         return (lengths <= self.context_limit).tolist()
 
+    def _looks_up(self, sampling_metadata: SamplingMetadata) -> bool:
+        """Whether drafts of this step may be certain ones: none of its requests has sampled drafts."""
+        return bool(self.lookup_min) and (sampling_metadata.all_greedy or self.drafts_greedily)
+
     def _texts_so_far(
         self,
         *,
@@ -145,13 +151,9 @@ class GriffinProposer(EagleProposer):
         next_token_ids: torch.Tensor,
         token_indices_to_sample: torch.Tensor | None,
         common_attn_metadata: CommonAttentionMetadata,
-        sampling_metadata: SamplingMetadata,
         **_: Any,
     ) -> list[np.ndarray]:
-        """Of each request what the runner had before this step, the step's accepted tokens, and the one sampled last;
-        empty where the drafts are sampled."""
-        if not (sampling_metadata.all_greedy or self.drafts_greedily):
-            return []
+        """Of each request what the runner had before this step, the step's accepted tokens, and what was sampled."""
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
         lasts = (
             [end - 1 for end in starts[1:]]
@@ -160,9 +162,10 @@ class GriffinProposer(EagleProposer):
         )
         before = self.runner.input_batch.token_ids_cpu
         step, positions = target_token_ids.cpu().numpy(), target_positions.cpu().numpy()
+        sampled = next_token_ids.cpu().numpy().astype(before.dtype)
         return [
-            np.concatenate([before[i, : positions[starts[i]]], step[starts[i] : lasts[i] + 1], [sampled]])
-            for i, sampled in enumerate(next_token_ids.tolist())
+            np.concatenate([before[i, : positions[start]], step[start : last + 1], sampled[i : i + 1]])
+            for i, (start, last) in enumerate(zip(starts, lasts, strict=False))
         ]
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
@@ -236,20 +239,23 @@ class GriffinProposer(EagleProposer):
         return tokens
 
     def _go_on_or_stop(self, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
-        """Note the drafts of one step, and the head's top probabilities, (requests,) both."""
+        """Take note of one step's drafts and the head's top probabilities, (requests,) both; look up how the texts
+        go on with them, and leave the loop where nothing is left to draft."""
         self._drafts.append(tokens)
         self._likelihood = self._likelihood * probabilities
-        if self._missing and self._texts:
+        if not self._missing:
+            return
+        if self._texts:
             self._look_further(tokens, self._likelihood)
-        if self._missing and self._likelihood.max() <= self.stop_probability:
+        if self._likelihood.max() <= self.stop_probability:
             raise DraftedEnough
 
     def _look_further(self, tokens: torch.Tensor, likelihood: torch.Tensor) -> None:
-        """Look up how the texts go on after these drafts (requests,); what is found ends a request's chain."""
+        """What is found after ``tokens`` ends a request's chain: its place in ``likelihood`` becomes 0."""
         for i, (token, likely) in enumerate(zip(tokens.tolist(), likelihood.tolist(), strict=True)):
             if likely <= self.stop_probability:
                 continue
-            self._texts[i] = np.append(self._texts[i], token)
+            self._texts[i] = np.append(self._texts[i], self._texts[i].dtype.type(token))
             if following := continuation(self._texts[i], self.lookup_min, self._missing):
                 self._found[i] = [int(draft[i]) for draft in self._drafts] + following
                 likelihood[i] = 0.0

@@ -109,7 +109,8 @@ def resolve(
     given = {**_tuned(given, spec_tokens, head), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
-    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON or key in HEAD_SETTINGS}
+    passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
+    passed_on |= {key: given[key] for key in HEAD_SETTINGS if given.get(key) is not None}
     if not given.get("use_local_argmax_reduction"):
         passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
     if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
@@ -120,7 +121,7 @@ def resolve(
 
 def _tuned(given: Mapping[str, Any], spec_tokens: int | None, head: Head) -> dict[str, Any]:
     """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
-    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size"} & given.keys()
+    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size", PROMPT_LOOKUP} & given.keys()
     tuning = None if said or spec_tokens is not None else read_tuning(head)
     return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability} if tuning else {}
 

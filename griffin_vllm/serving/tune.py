@@ -3,8 +3,9 @@
 A round of B requests with K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens, where
 ``tau(K) = 1 + sum of the first K shares of accepted positions``. Both are measured while the engine's number of
 drafts is changed, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats
-plain decoding. Where drafting can stop within a round, ``tune_depth.py`` then looks for a larger K and the
-probability at which to stop.
+plain decoding. All of that is of the head's own drafts, to the end. Where drafting can stop within a round,
+``tune_depth.py`` then looks for a larger K and the probability at which to stop, for one request at a time, with
+prompt lookup if the head's config has it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.config import METHOD
 from griffin_vllm.describe import misfit
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune_depth import chains, choose_depth, record_chains
+from griffin_vllm.serving.tune_depth import chains, choose_depth, draft_to_the_end, record_chains
 from griffin_vllm.serving.tuning import (
     Point,
     Tuning,
@@ -88,6 +89,7 @@ def tune(
     with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         drafts = _Drafts(engine)
         drafts.set(max_k)
+        draft_to_the_end(engine)
         list(decode(engine, rendered, 16))
         for k, size in track(passes, "measuring"):
             drafts.set(k)

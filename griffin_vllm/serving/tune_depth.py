@@ -1,8 +1,9 @@
 """How likely a chain of drafts must be for another one to pay, found without a clock.
 
-Greedy decoding drafts the same chains at every depth, so one run at the full depth tells what any other would
-have yielded: of each round, how likely the head held the first j drafts to be right together, and how many were.
-Put together with what a round of k drafts costs, that gives the speed of every pair of K and threshold.
+Greedy decoding drafts the same chains at every depth (nearly so where some are looked up), so one run at the full
+depth tells what any other would have yielded: of each round, how likely the head held the first j drafts to be
+right together, and how many were. Put together with what a round of k drafts costs, that gives the speed of every
+pair of K and threshold.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ WORTH_IT = 1.01
 
 class Chain(NamedTuple):
     """A round's drafts: the head's probability of the first j of them together, for each j (drafts that were looked
-    up, ``lookup.py``, add nothing to it), how many the target accepted, how many of them the head made, and how
-    long the round took."""
+    up, ``lookup.py``, add nothing to it), how many the target accepted, and how many of them the head made.
+
+    ``lookup_ms``: how long a round takes that verifies looked-up drafts and looks up the next ones; None where it did
+    something else.
+    """
 
     likelihoods: Sequence[float]
     accepted: int
     by_head: int
-    step_ms: float
+    lookup_ms: float | None = None
 
 
 class Depth(NamedTuple):
@@ -53,7 +57,7 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
     )
 
     most = max(point.num_speculative_tokens for point in drafting)
-    looked_up = [chain.step_ms for chain in chains if chain.by_head == 0]
+    looked_up = [chain.lookup_ms for chain in chains if chain.lookup_ms is not None]
     lookup_slope = max(0.0, median(looked_up) - first) / most if looked_up else 0.0
 
     def speed(depth: Depth) -> float:
@@ -77,21 +81,37 @@ def drafts_made(chain: Chain, depth: Depth) -> int:
     return next(stops, len(shown))
 
 
+def draft_to_the_end(engine: LLMEngine) -> None:
+    """Have the head make all K drafts of every round, whatever its config says."""
+    engine.collective_rpc(_draft_to_the_end)
+
+
 def record_chains(engine: LLMEngine) -> bool:
-    """Note every chain's likelihood from now on; False where this engine's drafts must all be of one length."""
+    """Note every chain from now on, looked up again where the head's config says so; False where this engine's drafts
+    must all be of one length."""
     return bool(engine.collective_rpc(_start_recording)[0])
 
 
 def chains(engine: LLMEngine, rounds: Iterator[tuple[float, list[int]]]) -> list[Chain]:
     """The chains of one answer, whose rounds ``tune.decode`` goes through."""
     engine.collective_rpc(_recorded)
-    counted = [(emitted, 1000 * seconds) for seconds, [emitted] in rounds]
-    # the prefill's step drafts for the first round, and the last one's drafts are not verified
-    drafted = zip(engine.collective_rpc(_recorded)[0], counted, strict=False)
-    return [
-        Chain([*made, *[made[-1] if made else 1.0] * looked_up], count - 1, len(made), ms)
-        for (made, looked_up), (count, ms) in drafted
-    ]
+    taken = [(emitted, 1000 * seconds) for seconds, [emitted] in rounds]
+    drafted = engine.collective_rpc(_recorded)[0]
+    found = []
+    # The prefill's step drafts for the first round, and a round drafts for the next; the last drafts are not verified.
+    for (made, looked_up), (made_next, looked_up_next), (emitted, ms) in zip(
+        drafted, [*drafted[1:], ([], 0)], taken, strict=False
+    ):
+        by_lookup = looked_up and looked_up_next and not made and not made_next
+        likelihoods = [*made, *[made[-1] if made else 1.0] * looked_up]
+        found.append(Chain(likelihoods, emitted - 1, len(made), ms if by_lookup else None))
+    return found
+
+
+def _draft_to_the_end(worker: Any) -> None:
+    """In the worker."""
+    drafter = worker.model_runner.drafter
+    drafter.stop_probability, drafter.lookup_min = 0.0, 0
 
 
 def _start_recording(worker: Any) -> bool:
@@ -102,6 +122,7 @@ def _start_recording(worker: Any) -> bool:
     drafter.chains = []
     # never reached, and enough for the likelihoods to be computed
     drafter.stop_probability = 1e-30
+    drafter.lookup_min = drafter.draft_model_config.hf_config.prompt_lookup_min
     propose, sample = drafter.propose, drafter._greedy_sample
     made: list[float] = []
 

@@ -157,15 +157,15 @@ def write_cache(
 ) -> None:
     """Compute and store the features of ``tokens`` (int64 (T,) each); continues a partial cache.
 
-    Of ``ranks`` processes that do this together each writes every ``ranks``-th shard, and the first of them
-    what there is once.
+    Of ``ranks`` processes that do this together, in one folder, each writes every ``ranks``-th shard, and the
+    first of them what there is once.
 
     Raises:
         GriffinError: the disk has no room, or the folder holds the cache of something else.
     """
-    check_caches({folder: manifest})
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
+        check_caches({folder: manifest})
         text = json.dumps(asdict(manifest))
         _write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
         _write(folder / SHARED, lambda path: save_file(_shared_tensors(target.shared), path))

@@ -291,9 +291,8 @@ class Trainer:
     def _cache(self, folder: Path, data: TokenDataset, manifest: CacheManifest) -> FeatureCache:
         """Open a feature cache, writing it first (each process its shards) where it is not complete."""
         config, accelerator = self.config, self.accelerator
-        complete = is_complete(folder, manifest)
-        accelerator.wait_for_everyone()  # before somebody completes it
-        if not complete:
+        complete = torch.tensor([is_complete(folder, manifest)], device=self.device)
+        if not accelerator.gather(complete).all():
             size = manifest.size_in_bytes() / 1e9
             if accelerator.is_main_process:
                 self.console.print(f"writing {size:.1f} GB of target features to {folder}")

@@ -22,11 +22,12 @@ K = 4
     ("tokens", "n", "k", "expected"),
     [
         ([1, 2, 3, 9, 1, 2], 2, 4, [3, 9, 1, 2]),
+        ([1, 2, 3, 9, 1, 2], 2, 6, [3, 9, 1, 2, 3, 9]),
         ([1, 2, 3, 9, 1, 2], 2, 1, [3]),
         ([1, 2, 3, 1, 2, 4, 1, 2], 2, 1, [4]),
         ([8, 1, 2, 3, 1, 2, 4, 8, 1, 2], 2, 1, [3]),
-        ([7, 7, 7, 7], 3, 4, [7]),
-        ([1, 2, 1, 2, 1], 3, 4, [2, 1]),
+        ([7, 7, 7, 7], 3, 4, [7, 7, 7, 7]),
+        ([1, 2, 1, 2, 1], 3, 4, [2, 1, 2, 1]),
         ([1, 2, 3, 4], 2, 4, []),
         ([5], 1, 4, []),
         ([], 1, 4, []),
@@ -44,7 +45,7 @@ def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, 
         places = [i for i in range(len(tokens) - length) if tokens[i : i + length] == tokens[-length:]]
         if places:
             break
-    expected = tokens[places[-1] + length :][:k] if places else []
+    expected = (tokens[places[-1] + length :] * k)[:k] if places else []
     assert continuation(np.array(tokens, dtype=np.int64), n, k) == expected
 
 

@@ -15,7 +15,7 @@ def points(*step_ms: float) -> list[Point]:
     ]
 
 
-SURE, UNSURE = Chain([0.9, 0.8, 0.7, 0.6], 4, 4, 42), Chain([0.3, 0.1, 0.05, 0.01], 0, 4, 42)
+SURE, UNSURE = Chain([0.9, 0.8, 0.7, 0.6], 4, 4), Chain([0.3, 0.1, 0.05, 0.01], 0, 4)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_a_head_that_knows_when_it_is_right_drafts_deep_and_stops_early() -> Non
 
 
 def test_a_head_whose_certainty_says_nothing_gets_no_threshold() -> None:
-    alike = [Chain([0.5, 0.25, 0.125, 0.06], accepted, 4, 42) for accepted in (0, 1, 4)]
+    alike = [Chain([0.5, 0.25, 0.125, 0.06], accepted, 4) for accepted in (0, 1, 4)]
     assert choose_depth(alike, points(30, 33, 36, 39, 42), 4) == Depth(4, 0.0)
 
 
-@pytest.mark.parametrize(("step_ms", "drafts"), [(33, 4), (200, 1)])
-def test_drafts_that_were_looked_up_cost_their_verification(step_ms: float, drafts: int) -> None:
-    looked_up = [Chain([1.0] * 4, 4, 0, step_ms)] * 4
+@pytest.mark.parametrize(("lookup_ms", "drafts"), [(33, 4), (200, 1)])
+def test_drafts_that_were_looked_up_cost_their_verification(lookup_ms: float, drafts: int) -> None:
+    looked_up = [Chain([1.0] * 4, 4, 0, lookup_ms)] * 4
     assert choose_depth([*looked_up, UNSURE], points(30, 34, 38, 42, 46), 1).num_speculative_tokens == drafts
 
 
