@@ -299,5 +299,5 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
     )
-    drafts = proposer.propose(num_speculative_tokens=K, common_attn_metadata=metadata)
+    drafts = proposer.propose(num_speculative_tokens=K, common_attn_metadata=metadata, sampling_metadata=None)
     assert torch.equal(drafts, torch.full((2, K), expected))
