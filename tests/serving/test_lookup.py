@@ -61,8 +61,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 REPEATING, FRESH = "one two three one two three one two", "hello world"
 
 
-@pytest.mark.parametrize("stop_probability", [0.0, 0.6])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("stop_probability", "padded"), [(0.0, True), (0.6, False)])
 def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_probability: float, padded: bool
 ) -> None:
