@@ -37,6 +37,10 @@ def test_training_head_and_served_head_draft_the_same_tokens_after_a_real_conver
 ) -> None:
     drafted_ids = VOCABULARIES[vocabulary]
     folder = convert(find_head(HEAD), tmp_path / "head", draft_vocabulary=drafted_ids).folder
+    # all of the chain, by the head
+    config = json.loads((folder / "config.json").read_text())
+    whole_chain = {"draft_stop_probability": 0.0, "prompt_lookup_min": 0}
+    (folder / "config.json").write_text(json.dumps(config | whole_chain))
     whole = torch.arange(49152) if drafted_ids is None else drafted_ids
     turns = json.loads(PROMPTS.read_text(encoding="utf-8").splitlines()[0])["turns"]
     chat = [{"role": "user", "content": turns[0]}, {"role": "assistant", "content": "Hawaii is a place of"}]
