@@ -146,18 +146,22 @@ def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
     assert {drafts for _, drafts in drafted} == {K}
 
 
-def test_an_operator_can_turn_lookup_on_and_off(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each search the number of tokens that had to stand before."""
     from griffin_vllm.serving import proposer
 
-    asked: list[int] = []
+    found: list[int] = []
 
     def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
-        asked.append(n)
+        found.append(n)
         return continuation(tokens, n, k)
 
     monkeypatch.setattr(proposer, "continuation", noted)
+    return found
+
+
+def test_an_operator_can_turn_lookup_on_and_off(target: str, tmp_path: Path, asked: list[int]) -> None:
     for of_head, of_operator in ((2, 0), (0, 3)):
         speculation = {
             "method": "griffin",
@@ -173,19 +177,10 @@ def test_an_operator_can_turn_lookup_on_and_off(
 
 @pytest.mark.parametrize(("sampler", "looks_up"), [("greedy", True), ("probabilistic", False)])
 def test_looked_up_drafts_go_with_greedy_ones_only(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, looks_up: bool
+    target: str, tmp_path: Path, asked: list[int], sampler: str, looks_up: bool
 ) -> None:
     from vllm import SamplingParams
 
-    from griffin_vllm.serving import proposer
-
-    asked: list[int] = []
-
-    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
-        asked.append(n)
-        return continuation(tokens, n, k)
-
-    monkeypatch.setattr(proposer, "continuation", noted)
     speculation = {
         "method": "griffin",
         "model": head(tmp_path / "head", prompt_lookup_min=2),
