@@ -461,6 +461,7 @@ RELIED_ON = (
     "vllm.v1.spec_decode.eagle:EagleProposer.speculative_config",
     "vllm.v1.spec_decode.eagle:EagleProposer._last_draft_probs",
     "vllm.v1.spec_decode.eagle:EagleProposer._sample_draft_tokens",
+    "vllm.v1.spec_decode.eagle:EagleProposer._sample_from_logits(logits, sampling_metadata)",
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
     "max_query_len, slot_mapping, query_start_loc_cpu)",
     "vllm.v1.sample.metadata:SamplingMetadata(all_greedy)",

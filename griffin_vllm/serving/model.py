@@ -284,10 +284,14 @@ class DraftVocabulary(nn.Module):
         """Target ids of draft ids, both (N,)."""
         return self.target_ids[tokens]
 
-    def widen(self, logits: torch.Tensor) -> torch.Tensor:
-        """(N, draft vocabulary) to (N, target vocabulary); what cannot be drafted gets minus infinity."""
-        wide = logits.new_full((len(logits), self.target_vocab_size), float("-inf"))
-        return wide.index_copy_(1, self.target_ids, logits)
+    def widen(self, values: torch.Tensor, elsewhere: float) -> torch.Tensor:
+        """(N, draft vocabulary) to (N, target vocabulary), ``elsewhere`` where nothing can be drafted."""
+        wide = values.new_full((len(values), self.target_vocab_size), elsewhere)
+        return wide.index_copy_(1, self.target_ids, values)
+
+    def narrow(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, target vocabulary) to (N, draft vocabulary)."""
+        return values.index_select(1, self.target_ids)
 
 
 class GriffinForCausalLM(nn.Module, SupportsEagle):
@@ -387,7 +391,7 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
         logits = self.logits_processor(self.output_embeddings, hidden_states)
         if self.draft_vocabulary is None or logits is None:
             return logits
-        return self.draft_vocabulary.widen(logits)
+        return self.draft_vocabulary.widen(logits, float("-inf"))
 
     def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy draft tokens (N,); builds logits of the draft vocabulary only, and gathers none of them."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.sample.metadata import SamplingMetadata
+
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def needs_fixed_shapes(config: VllmConfig) -> list[str]:
+    """What, in the operator's words, has every round draft the same number of tokens; nothing on a CPU by default."""
+    reasons = {
+        "data parallelism": config.parallel_config.data_parallel_size > 1,
+        "tensor parallelism": config.parallel_config.tensor_parallel_size > 1,
+        "asynchronous scheduling": config.scheduler_config.async_scheduling,
+        "CUDA graphs": config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
@@ -67,15 +82,19 @@ class GriffinProposer(EagleProposer):
         # Ranks of data parallelism that share experts must all take the same number of draft steps.
         self.steps_may_vary = config.parallel_config.data_parallel_size == 1
         self.scheduler_waits = not config.scheduler_config.async_scheduling
-        self.shapes_may_vary = (
-            self.steps_may_vary
-            and self.scheduler_waits
-            and config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE
-            and config.parallel_config.tensor_parallel_size == 1
-        )
-        stop_probability = getattr(head, "draft_stop_probability", 0.0)
+        fixed_by = needs_fixed_shapes(config)
+        self.shapes_may_vary = not fixed_by
+        stop_probability: float = getattr(head, "draft_stop_probability", 0.0)
+        lookup_min: int = getattr(head, "prompt_lookup_min", 0)
+        if fixed_by and (stop_probability or lookup_min):
+            logger.warning(
+                "This GRIFFIN head drafts %d tokens in every round here, without prompt lookup or an early stop "
+                "(not possible with %s); fewer may be faster, see --num-speculative-tokens",
+                self.num_speculative_tokens,
+                ", ".join(fixed_by),
+            )
         self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
-        self.lookup_min: int = getattr(head, "prompt_lookup_min", 0) if self.shapes_may_vary else 0
+        self.lookup_min = lookup_min if self.shapes_may_vary else 0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
         self.drafts_greedily = self.speculative_config.draft_sample_method == "greedy"
         # A KV connector reads blocks behind the proposer's back.
@@ -229,6 +248,17 @@ class GriffinProposer(EagleProposer):
             # Not of the token that was drawn: an unlikely one is accepted as often as the target wants it, too.
             self._go_on_or_stop(tokens, distributions.amax(dim=-1))
         return tokens, distributions
+
+    def _sample_from_logits(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Drafts (N,) drawn from logits (N, vocabulary), among the tokens that can be drafted, and the distributions
+        (N, vocabulary): of a reduced draft vocabulary the rest is never looked at."""
+        vocabulary = self.model.draft_vocabulary if isinstance(self.model, GriffinForCausalLM) else None
+        if vocabulary is None:
+            return super()._sample_from_logits(logits, sampling_metadata)
+        tokens, distributions = super()._sample_from_logits(vocabulary.narrow(logits), sampling_metadata)
+        return vocabulary.to_target(tokens), vocabulary.widen(distributions, 0.0)
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy drafts (N,) of predict (N, d), whatever the drafts of other temperatures are made by."""

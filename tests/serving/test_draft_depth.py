@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -281,8 +282,6 @@ def test_a_batch_past_the_heads_limit_runs_no_draft_step(
 def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cpu_has_none(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: int
 ) -> None:
-    from types import SimpleNamespace
-
     from vllm.v1.spec_decode.eagle import EagleProposer
 
     from griffin_vllm.serving.postponed import PostponedWrites
@@ -301,3 +300,40 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     )
     drafts = proposer.propose(num_speculative_tokens=K, common_attn_metadata=metadata, sampling_metadata=None)
     assert torch.equal(drafts, torch.full((2, K), expected))
+
+
+def test_what_has_all_rounds_draft_alike_is_named_mocked_as_cpu_has_none() -> None:
+    from vllm.config import CUDAGraphMode
+
+    from griffin_vllm.serving.proposer import needs_fixed_shapes
+
+    def config(graphs: CUDAGraphMode, waits: bool) -> Any:
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
+            scheduler_config=SimpleNamespace(async_scheduling=not waits),
+            compilation_config=SimpleNamespace(cudagraph_mode=graphs),
+        )
+
+    assert needs_fixed_shapes(config(CUDAGraphMode.NONE, waits=True)) == []
+    assert needs_fixed_shapes(config(CUDAGraphMode.PIECEWISE, waits=False)) == [
+        "asynchronous scheduling",
+        "CUDA graphs",
+    ]
+
+
+def test_a_head_that_would_vary_its_drafts_says_so_where_it_cannot_mocked_as_cpu_always_can(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafted: list[tuple[int, int]]
+) -> None:
+    from griffin_vllm.serving import proposer
+
+    warnings: list[str] = []
+    monkeypatch.setattr(proposer, "needs_fixed_shapes", lambda _: ["CUDA graphs"])
+    monkeypatch.setattr(proposer.logger, "warning", lambda text, *values: warnings.append(text % values))
+    config = tiny.CONFIG.model_copy(update={"draft_stop_probability": 0.999, "prompt_lookup_min": 1})
+    head = tiny.write_head(tmp_path / "head", config)
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        ask(llm, "hello hello hello")
+    assert {drafts for _, drafts in drafted} == {K}
+    [warning] = warnings
+    assert f"drafts {K} tokens in every round" in warning
+    assert "CUDA graphs" in warning

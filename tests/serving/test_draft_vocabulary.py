@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.v1.spec_decode.eagle import EagleProposer
+
 from griffin_vllm.convert import convert
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.model import GriffinForCausalLM
@@ -89,7 +91,16 @@ def test_drafts_are_those_of_the_whole_vocabularys_logits_where_only_the_part_co
     torch.testing.assert_close(wide, part[:, 1], atol=1e-4, rtol=1e-4)
 
 
-def test_sampled_drafts_have_probability_zero_outside_of_the_vocabulary(models: Models) -> None:
+def test_sampled_drafts_are_drawn_inside_of_the_vocabulary_and_have_probability_zero_outside(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_from, sample = set(), EagleProposer._sample_from_logits
+
+    def noted(self: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+        drawn_from.add(logits.shape[1])
+        return sample(self, logits, sampling_metadata)
+
+    monkeypatch.setattr(EagleProposer, "_sample_from_logits", noted)
     with engine(**speculating(models, speculative_config={"draft_sample_method": "probabilistic"})) as llm:
         drafter, seen = runner_of(llm).drafter, []
         propose = drafter.propose
@@ -101,6 +112,7 @@ def test_sampled_drafts_have_probability_zero_outside_of_the_vocabulary(models: 
 
         drafter.propose = keep
         generate(llm, prompts(4), sampling(temperature=1.0, max_tokens=8))
+    assert drawn_from == {len(VOCABULARY)}
     for drafted, probabilities in seen:
         assert probabilities.shape == (*drafted.shape, V)
         torch.testing.assert_close(probabilities[..., VOCABULARY].sum(-1), torch.ones(drafted.shape))
