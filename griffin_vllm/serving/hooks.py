@@ -464,7 +464,6 @@ RELIED_ON = (
     "vllm.v1.spec_decode.eagle:EagleProposer._sample_from_logits(logits, sampling_metadata)",
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
     "max_query_len, slot_mapping, query_start_loc_cpu)",
-    "vllm.v1.sample.metadata:SamplingMetadata(all_greedy)",
     "vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",

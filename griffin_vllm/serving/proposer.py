@@ -58,8 +58,8 @@ class GriffinProposer(EagleProposer):
 
     *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
     them is its draft (``lookup.py``) and the head makes none for it; a chain of the head's ends in the same way as
-    soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain ones, so they go
-    with greedy drafts only.
+    soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain ones: beside sampled
+    drafts, their distributions have all of the probability at one token.
 
     *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 
@@ -96,7 +96,6 @@ class GriffinProposer(EagleProposer):
         self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
         self.lookup_min = lookup_min if self.shapes_may_vary else 0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
-        self.drafts_greedily = self.speculative_config.draft_sample_method == "greedy"
         # A KV connector reads blocks behind the proposer's back.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
@@ -107,9 +106,11 @@ class GriffinProposer(EagleProposer):
         self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
         self._likelihood: torch.Tensor | float = 1.0
-        # Of each request its text, drafts included, where that is searched, and all of its drafts once they are found.
+        # Of each request its text, drafts included, where that is searched; all of its drafts once they are found, and
+        # how many of these the head has made.
         self._texts: list[np.ndarray] = []
         self._found: list[list[int]] = []
+        self._by_head: list[int] = []
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; a target that takes LoRA adapters shares its embeddings without them.
@@ -131,8 +132,8 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
-        self._texts, self._found = [], [[] for _ in near]
-        if wanted and not all_far and self._looks_up(kwargs["sampling_metadata"]):
+        self._texts, self._found, self._by_head = [], [[] for _ in near], [0] * len(near)
+        if wanted and not all_far and self.lookup_min:
             self._texts = self._texts_so_far(**kwargs)
             self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
         drafting = [close and not tokens for close, tokens in zip(near, self._found, strict=True)]
@@ -144,6 +145,7 @@ class GriffinProposer(EagleProposer):
             drafts = self._draft(
                 drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
             )
+        self._last_draft_probs = self._with_certain_drafts(self._last_draft_probs)
         if (all(near) and not any(self._found)) or (all_far and self.scheduler_waits):
             return drafts
         if not self.scheduler_waits:
@@ -157,10 +159,6 @@ class GriffinProposer(EagleProposer):
             return [True] * metadata.num_reqs
         lengths = metadata.seq_lens_cpu_upper_bound[: metadata.num_reqs]
         return (lengths <= self.context_limit).tolist()
-
-    def _looks_up(self, sampling_metadata: SamplingMetadata) -> bool:
-        """Whether drafts of this step may be certain ones: none of its requests has sampled drafts."""
-        return bool(self.lookup_min) and (sampling_metadata.all_greedy or self.drafts_greedily)
 
     def _texts_so_far(
         self,
@@ -186,6 +184,23 @@ class GriffinProposer(EagleProposer):
             np.concatenate([before[i, : positions[start]], step[start : last + 1], sampled[i : i + 1]])
             for i, (start, last) in enumerate(zip(starts, lasts, strict=False))
         ]
+
+    def _with_certain_drafts(self, distributions: torch.Tensor | None) -> torch.Tensor | None:
+        """Distributions (requests, draft steps, vocabulary) of sampled drafts, with those of drafts that were found.
+
+        Without distributions all drafts are taken as certain (``NO_DRAFT_PROBS`` of vLLM's ``rejection_sampler.py``).
+        """
+        if distributions is None or not any(self._found):
+            return distributions
+        requests, steps, vocabulary = distributions.shape
+        longest = max(steps, *map(len, self._found))
+        padded = distributions.new_zeros(requests, longest, vocabulary)
+        padded[:, :steps] = distributions
+        for rows, tokens, by_head in zip(padded, self._found, self._by_head, strict=True):
+            if tokens:
+                rows[by_head:] = 0
+                rows[range(by_head, len(tokens)), tokens[by_head:]] = 1
+        return padded
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
         """Whether the step has one token of each request, and its cache entries can be written later."""
@@ -243,7 +258,7 @@ class GriffinProposer(EagleProposer):
         if isinstance(self.model, GriffinForCausalLM):
             self.model.feeds_back = self._missing > 1
         tokens, distributions = super()._sample_draft_tokens(*args, **kwargs)
-        if distributions is not None and self.stop_probability:
+        if distributions is not None and (self.stop_probability or self._texts):
             self._draft_distributions.append(distributions)
             # Not of the token that was drawn: an unlikely one is accepted as often as the target wants it, too.
             self._go_on_or_stop(tokens, distributions.amax(dim=-1))
@@ -288,4 +303,5 @@ class GriffinProposer(EagleProposer):
             self._texts[i] = np.append(self._texts[i], self._texts[i].dtype.type(token))
             if following := continuation(self._texts[i], self.lookup_min, self._missing):
                 self._found[i] = [int(draft[i]) for draft in self._drafts] + following
+                self._by_head[i] = len(self._drafts)
                 likelihood[i] = 0.0

@@ -233,6 +233,7 @@ def stopping_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
         "probabilistic",
         "probabilistic, half of the vocabulary",
         "probabilistic, stopping early",
+        "probabilistic, looked up",
     ],
 )
 def speculating(

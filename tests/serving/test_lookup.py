@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from griffin_vllm.serving.lookup import LONGEST, continuation
 from tests.serving import tiny
-from tests.serving.engines import engine, spec_counters
+from tests.serving.engines import engine, runner_of, spec_counters
 from tests.serving.test_draft_depth import ask
 
 K = 4
@@ -175,21 +176,48 @@ def test_an_operator_can_turn_lookup_on_and_off(target: str, tmp_path: Path, ask
         assert set(asked) == ({of_operator} if of_operator else set())
 
 
-@pytest.mark.parametrize(("sampler", "looks_up"), [("greedy", True), ("probabilistic", False)])
-def test_looked_up_drafts_go_with_greedy_ones_only(
-    target: str, tmp_path: Path, asked: list[int], sampler: str, looks_up: bool
+def test_drafts_found_beside_sampled_ones_are_certain(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm import SamplingParams
 
+    from griffin_vllm.serving import proposer
+
+    certain = 7
+
+    def in_even_texts(tokens: np.ndarray, n: int, k: int) -> list[int]:
+        """At once, or after the head's first draft."""
+        return [certain] * k if len(tokens) % 2 == 0 else []
+
+    monkeypatch.setattr(proposer, "continuation", in_even_texts)
     speculation = {
         "method": "griffin",
         "model": head(tmp_path / "head", prompt_lookup_min=2),
         "num_speculative_tokens": K,
-        "draft_sample_method": sampler,
+        "draft_sample_method": "probabilistic",
     }
     with engine(model=target, speculative_config=speculation) as llm:
-        llm.generate([REPEATING], SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True))
-        assert bool(asked) == looks_up
-        asked.clear()
-        ask(llm, REPEATING)
-        assert asked
+        drafter, seen = runner_of(llm).drafter, []
+        propose = drafter.propose
+
+        def keep(*arguments: Any, **named: Any) -> Any:
+            drafts = propose(*arguments, **named)
+            seen.append((drafts, list(drafter._by_head), drafter._last_draft_probs))
+            return drafts
+
+        drafter.propose = keep
+        llm.generate(
+            [REPEATING, FRESH, "42"], SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+        )
+    kinds = set()
+    for drafts, made, distributions in seen:
+        for i, (tokens, by_head) in enumerate(zip(drafts, made, strict=True)):
+            assert len(tokens) == K
+            if distributions is None:
+                assert list(tokens) == [certain] * K
+                continue
+            torch.testing.assert_close(distributions[i].sum(-1), torch.ones(K))
+            assert (distributions[i, by_head:, certain] == 1).all()
+            assert (distributions[i, range(by_head), tokens[:by_head]] > 0).all()
+            kinds.add(by_head)
+    assert kinds == {0, 1}
