@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def engine(**arguments: Any) -> Iterator[LLM]:
-    """A float32 engine without compilation, gone again afterwards."""
+    """A float32 engine without compilation, gone again afterwards.
+
+    vLLM collects garbage ten times while an engine starts and stops, each time among all that its imports have made.
+    That is most of the time that a tiny engine takes, so here it happens once, at the end.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -27,13 +31,14 @@ def engine(**arguments: Any) -> Iterator[LLM]:
         "disable_log_stats": False,
     }
     with mock.patch.dict("os.environ", VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+        gc.freeze()
         llm = LLM(**(defaults | arguments))
         try:
             yield llm
         finally:
-            llm.llm_engine.engine_core.shutdown()
+            with mock.patch.object(gc, "unfreeze"):
+                llm.llm_engine.engine_core.shutdown()
             del llm
-            gc.collect()
             cleanup_dist_env_and_memory()
 
 
