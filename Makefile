@@ -76,7 +76,8 @@ compat: $(INSTALLED)
 
 RESULTS := benchmarks/results
 HEADS := benchmarks/baselines
-# One training, two draft vocabularies: what the reduced one gives is not the head's merit.
+# The baselines' training in the bundled head's clothes: what a reduced draft vocabulary, early stops and lookup give is
+# not the head's merit.
 REDUCED := runs/draft-8192
 BENCH_HEADS ?= eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:$(HEADS)/hass-matched-$(TARGET),$\
 griffin:$(HEADS)/griffin-$(TARGET),griffin-alone:$(TARGET),griffin:$(TARGET)
@@ -113,6 +114,7 @@ bench-acceptance: $(INSTALLED) demo-model
 $(REDUCED)/config.json: | $(INSTALLED) demo-model
 	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(REDUCED) --draft-vocab 8192 --corpus $(BENCH_CORPUS) \
 	  --target $(TARGET_FOLDER)
+	sed -i 's/"draft_stop_probability": .*/"draft_stop_probability": 0.3,/; s/"prompt_lookup_min": .*/"prompt_lookup_min": 2,/' $@
 
 # The second `none` shows what the machine's noise alone does.
 bench-speed: $(REDUCED)/config.json
@@ -122,7 +124,7 @@ bench-speed: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
 	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
-	  --methods none,$(BENCH_LOOKUP) --num-speculative-tokens 3,5,8 --repeats 1 \
+	  --methods none,$(BENCH_LOOKUP),griffin:$(REDUCED) --num-speculative-tokens 3,5,8 --repeats 1 \
 	  --json $(RESULTS)/speed-tuning-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) --num-speculative-tokens 2 \
 	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
