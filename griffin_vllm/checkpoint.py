@@ -258,6 +258,8 @@ def save_head(
         with atomic_folder(folder) as staging:
             save_file(stored, staging / SAFETENSORS_FILE, metadata={"format": "pt"})
             (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            # safetensors lets only the owner read it, and a server may run as somebody else
+            shutil.copymode(staging / CONFIG_FILE, staging / SAFETENSORS_FILE)
             if card is not None:
                 (staging / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -76,6 +76,12 @@ def test_a_head_reads_back_as_it_was_saved(tmp_path: Path) -> None:
     check_values(head)
 
 
+def test_whoever_may_read_a_saved_heads_config_may_read_its_weights(tmp_path: Path) -> None:
+    save_head(tmp_path / "head", CONFIG.to_served(), random_tensors())
+    modes = {file.stat().st_mode for file in (tmp_path / "head").iterdir()}
+    assert modes == {(tmp_path / "head" / CONFIG_FILE).stat().st_mode}
+
+
 @pytest.mark.parametrize("file", [SAFETENSORS_FILE, PICKLE_FILE])
 def test_both_weight_formats_of_the_reference_layout_are_opened(tmp_path: Path, file: str) -> None:
     folder = write_head(tmp_path / "head")
