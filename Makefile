@@ -114,7 +114,7 @@ bench-acceptance: $(INSTALLED) demo-model
 $(REDUCED)/config.json: | $(INSTALLED) demo-model
 	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(REDUCED) --draft-vocab 8192 --corpus $(BENCH_CORPUS) \
 	  --target $(TARGET_FOLDER)
-	sed -i 's/"draft_stop_probability": .*/"draft_stop_probability": 0.3,/; s/"prompt_lookup_min": .*/"prompt_lookup_min": 2,/' $@
+	sed -i 's/"draft_stop_probability": .*/"draft_stop_probability": 0.2,/; s/"prompt_lookup_min": .*/"prompt_lookup_min": 2,/' $@
 
 # The second `none` shows what the machine's noise alone does.
 bench-speed: $(REDUCED)/config.json
