@@ -128,6 +128,11 @@ bench-speed: $(REDUCED)/config.json
 	  --json $(RESULTS)/speed-tuning-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) --num-speculative-tokens 2 \
 	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 6 --max-tokens 128 --concurrency 1 \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --json $(RESULTS)/speed-more-prompts.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 4 --turns 1 --max-tokens 64 --concurrency 1 \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --temperature 1 --draft-sample-method probabilistic \
+	  --json $(RESULTS)/speed-sampled-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
 	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled.json
@@ -155,8 +160,8 @@ bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-sampled speed-long speed-by-load speed-by-load-fixed \
-  speed-served round startup
+RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts speed-sampled-lookup \
+  speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round startup
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md

@@ -455,6 +455,7 @@ OUR_IMPORTS = (
 )
 # What else is relied on beyond imports, as module:need.
 RELIED_ON = (
+    "vllm.config.vllm:VllmConfig.use_v2_model_runner",
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
     "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",

@@ -36,6 +36,7 @@ from vllm.model_executor.models.utils import get_draft_quant_config
 
 from griffin_vllm.checkpoint import DRAFT_TO_TARGET, EMBEDDINGS, TARGET_TO_DRAFT
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving import fixed_depth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -313,6 +314,7 @@ class GriffinForCausalLM(nn.Module, SupportsEagle):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = vllm_config.speculative_config.draft_model_config.hf_config
+        fixed_depth.warn(vllm_config)
         self.model = GriffinModel(
             vllm_config=vllm_config,
             prefix=f"{prefix}.model" if prefix else "model",

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
+from griffin_vllm.serving import fixed_depth
 from griffin_vllm.serving.lookup import continuation
 from griffin_vllm.serving.model import GriffinForCausalLM
 from griffin_vllm.serving.postponed import PostponedWrites
@@ -23,20 +22,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.sample.metadata import SamplingMetadata
-
-
-logger = init_logger(f"vllm.{__name__}")
-
-
-def needs_fixed_shapes(config: VllmConfig) -> list[str]:
-    """What, in the operator's words, has every round draft the same number of tokens; nothing on a CPU by default."""
-    reasons = {
-        "data parallelism": config.parallel_config.data_parallel_size > 1,
-        "tensor parallelism": config.parallel_config.tensor_parallel_size > 1,
-        "asynchronous scheduling": config.scheduler_config.async_scheduling,
-        "CUDA graphs": config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
-    }
-    return [reason for reason, holds in reasons.items() if holds]
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
@@ -54,7 +39,7 @@ class GriffinProposer(EagleProposer):
 
     *Dynamic depth*: drafting stops as soon as no request's chain is, by the head's own top
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
-    waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes.
+    waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes (``fixed_depth.py``).
 
     *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
     them is its draft (``lookup.py``) and the head makes none for it; a chain of the head's ends in the same way as
@@ -82,19 +67,10 @@ class GriffinProposer(EagleProposer):
         # Ranks of data parallelism that share experts must all take the same number of draft steps.
         self.steps_may_vary = config.parallel_config.data_parallel_size == 1
         self.scheduler_waits = not config.scheduler_config.async_scheduling
-        fixed_by = needs_fixed_shapes(config)
-        self.shapes_may_vary = not fixed_by
+        self.shapes_may_vary = not fixed_depth.reasons(config)
         stop_probability: float = getattr(head, "draft_stop_probability", 0.0)
-        lookup_min: int = getattr(head, "prompt_lookup_min", 0)
-        if fixed_by and (stop_probability or lookup_min):
-            logger.warning(
-                "This GRIFFIN head drafts %d tokens in every round here, without prompt lookup or an early stop "
-                "(not possible with %s); fewer may be faster, see --num-speculative-tokens",
-                self.num_speculative_tokens,
-                ", ".join(fixed_by),
-            )
         self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
-        self.lookup_min = lookup_min if self.shapes_may_vary else 0
+        self.lookup_min: int = getattr(head, "prompt_lookup_min", 0) if self.shapes_may_vary else 0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
         # A KV connector reads blocks behind the proposer's back.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None

@@ -305,17 +305,19 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
 def test_what_has_all_rounds_draft_alike_is_named_mocked_as_cpu_has_none() -> None:
     from vllm.config import CUDAGraphMode
 
-    from griffin_vllm.serving.proposer import needs_fixed_shapes
+    from griffin_vllm.serving import fixed_depth
 
-    def config(graphs: CUDAGraphMode, waits: bool) -> Any:
+    def config(graphs: CUDAGraphMode, waits: bool, v2: bool) -> Any:
         return SimpleNamespace(
+            use_v2_model_runner=v2,
             parallel_config=SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
             scheduler_config=SimpleNamespace(async_scheduling=not waits),
             compilation_config=SimpleNamespace(cudagraph_mode=graphs),
         )
 
-    assert needs_fixed_shapes(config(CUDAGraphMode.NONE, waits=True)) == []
-    assert needs_fixed_shapes(config(CUDAGraphMode.PIECEWISE, waits=False)) == [
+    assert fixed_depth.reasons(config(CUDAGraphMode.NONE, waits=True, v2=False)) == []
+    assert fixed_depth.reasons(config(CUDAGraphMode.PIECEWISE, waits=False, v2=True)) == [
+        "vLLM's V2 model runner",
         "asynchronous scheduling",
         "CUDA graphs",
     ]
@@ -324,11 +326,11 @@ def test_what_has_all_rounds_draft_alike_is_named_mocked_as_cpu_has_none() -> No
 def test_a_head_that_would_vary_its_drafts_says_so_where_it_cannot_mocked_as_cpu_always_can(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafted: list[tuple[int, int]]
 ) -> None:
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import fixed_depth
 
     warnings: list[str] = []
-    monkeypatch.setattr(proposer, "needs_fixed_shapes", lambda _: ["CUDA graphs"])
-    monkeypatch.setattr(proposer.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(fixed_depth, "reasons", lambda _: ["CUDA graphs"])
+    monkeypatch.setattr(fixed_depth.logger, "warning", lambda text, *values: warnings.append(text % values))
     config = tiny.CONFIG.model_copy(update={"draft_stop_probability": 0.999, "prompt_lookup_min": 1})
     head = tiny.write_head(tmp_path / "head", config)
     with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:

@@ -1,0 +1,40 @@
+"""Where every round must draft the same number of tokens, so that no chain stops early and no draft is looked up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def reasons(config: VllmConfig) -> list[str]:
+    """What asks for it, in the operator's words; nothing on a CPU by default."""
+    found = {
+        # which drafts by itself, without GriffinProposer
+        "vLLM's V2 model runner": config.use_v2_model_runner,
+        "data parallelism": config.parallel_config.data_parallel_size > 1,
+        "tensor parallelism": config.parallel_config.tensor_parallel_size > 1,
+        "asynchronous scheduling": config.scheduler_config.async_scheduling,
+        "CUDA graphs": config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE,
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
+def warn(config: VllmConfig) -> None:
+    """Tell the operator of a head whose K counts on drafting less than that."""
+    speculation = config.speculative_config
+    head = speculation.draft_model_config.hf_config
+    fixed_by = reasons(config)
+    if fixed_by and (head.draft_stop_probability or head.prompt_lookup_min):
+        logger.warning(
+            "This GRIFFIN head drafts %d tokens in every round here, without prompt lookup or an early stop "
+            "(not possible with %s); fewer may be faster, see --num-speculative-tokens",
+            speculation.num_speculative_tokens,
+            ", ".join(fixed_by),
+        )
