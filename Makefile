@@ -114,7 +114,8 @@ bench-acceptance: $(INSTALLED) demo-model
 $(REDUCED)/config.json: | $(INSTALLED) demo-model
 	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(REDUCED) --draft-vocab 8192 --corpus $(BENCH_CORPUS) \
 	  --target $(TARGET_FOLDER)
-	sed -i 's/"draft_stop_probability": .*/"draft_stop_probability": 0.2,/; s/"prompt_lookup_min": .*/"prompt_lookup_min": 2,/' $@
+	for field in draft_stop_probability prompt_lookup_min; do \
+	  sed -i "s/.*\"$$field\":.*/$$(grep "\"$$field\":" griffin_vllm/heads/$(TARGET)/config.json)/" $@; done
 
 # The second `none` shows what the machine's noise alone does.
 bench-speed: $(REDUCED)/config.json

@@ -89,20 +89,13 @@ def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(t
     (dynamic / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.25}))
     methods = parse_methods(f"none,griffin:{plain},griffin:{dynamic},griffin:smollm2-135m-instruct")
     rows = [run.fields() for run in runs(methods, [3])]
-    bundled = methods[-1].config
-    assert bundled is not None
-    size, stops, looks_up = (
-        bundled.draft_vocab_size,
-        bundled.draft_stop_probability,
-        bundled.prompt_lookup_min,
-    )
-    assert [row.get("draft_vocab_size") for row in rows] == [None, None, None, size]
-    assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, stops]
+    assert [row.get("draft_vocab_size") for row in rows] == [None, None, None, 8192]
+    assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, 0.2]
     assert [method_name(row) for row in rows] == [
         "none",
         "griffin (plain)",
         "griffin (dynamic, stops below 0.25)",
-        f"griffin (smollm2-135m-instruct, {size} tokens, stops below {stops}, lookup from {looks_up})",
+        "griffin (smollm2-135m-instruct, 8192 tokens, stops below 0.2, lookup from 2)",
     ]
 
 
