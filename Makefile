@@ -50,6 +50,8 @@ curl $(URL)/v1/chat/completions -H 'Content-Type: application/json' -d '{
 endef
 export REQUEST
 
+# A CPU without instructions for it emulates bfloat16, which makes prefills and verification slow.
+DTYPE ?= $(if $(shell grep -m1 -E 'avx512|bf16' /proc/cpuinfo 2>/dev/null),bfloat16,float32)
 # Without compilation: the CPU build of 0.32 compiles this bf16 model to one that answers nonsense (with and
 # without a speculator; float32 and uncompiled bf16 are right).
 # GiB of KV cache; vLLM's own choice can be more than a small machine has.
@@ -61,7 +63,7 @@ serve: $(INSTALLED) demo-model
 	     sleep 1; \
 	   done ) & \
 	exec env $(OPENMP) $(BIN)/vllm serve $(TARGET_FOLDER) --served-model-name $(TARGET) --host 127.0.0.1 --port $(PORT) \
-	  --speculative-model griffin:$(TARGET) --enforce-eager
+	  --speculative-model griffin:$(TARGET) --dtype $(DTYPE) --enforce-eager
 
 test: $(INSTALLED) demo-model
 	$(BIN)/python -m pytest
@@ -96,7 +98,7 @@ BENCH_STARTS := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET),none
 BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
 BENCH_FIRST = --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS))
 # Not compiled, for the reason that `serve` gives.
-ENGINE = --dtype bfloat16 --enforce-eager
+ENGINE = --dtype $(DTYPE) --enforce-eager
 BENCH_SPEED = $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 64 --concurrency 1
 MEASURE = $(OPENMP) $(BIN)/python
 

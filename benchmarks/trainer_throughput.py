@@ -1,11 +1,11 @@
 """Training throughput and peak memory against the GRIFFIN authors' model code, side by side.
 
 Both sides train the same head (the target's sizes) with three draft steps on the same features, in bf16
-autocast, in a process each, taking turns. The features are cached; with ``--target-in-loop`` the target
-computes them (and, for our side, its top-32 distributions) anew for every batch. Ours is ``DraftSteps`` with
-its default settings. The reference is its own model class from a checkout that you name, in a loop that
-computes the losses as its training script does: every position, the whole vocabulary, one backward pass a
-step.
+autocast where the CPU multiplies in bf16 (else in float32), in a process each, taking turns. The features are
+cached; with ``--target-in-loop`` the target computes them (and, for our side, its top-32 distributions) anew for
+every batch. Ours is ``DraftSteps`` with its default settings. The reference is its own model class from a checkout
+that you name, in a loop that computes the losses as its training script does: every position, the whole
+vocabulary, one backward pass a step.
 
     python benchmarks/trainer_throughput.py --target models/smollm2-135m-instruct --reference ../GRIFFIN
 """
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch
@@ -42,6 +43,7 @@ from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, sof
 
 WEIGHTS = StepWeights(v=1.0, p=0.1, k=0.5, decay=1.0)
 SIDES = ("ours", "reference")
+BF16 = multiplies_bf16(torch.device("cpu"))
 
 
 def main(
@@ -97,6 +99,7 @@ def main(
             "draft_steps": draft_steps,
             "sampled_tokens": sampled_tokens,
             "target_in_loop": target_in_loop,
+            "precision": "bf16" if BF16 else "fp32",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -186,7 +189,7 @@ def our_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             surrogate, _ = module(data(), steps, WEIGHTS, 0)
         surrogate.backward()
         optimizer.step()
@@ -207,11 +210,11 @@ def reference_step(
         mask = data.loss_mask[..., None].float()
         count = mask.sum() + 1e-5
         streams: Tensor | None = None
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=BF16):
             soft = F.linear(data.feature_targets, lm_head).float().softmax(-1)
             best = soft.topk(10).indices
         for _ in range(steps):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=BF16):
                 predict, regress = model(data.features, data.tokens, q_hidden_states=streams)
                 log_q = F.linear(predict, lm_head).float().log_softmax(-1)
                 cross = mask * soft * log_q

@@ -355,7 +355,7 @@ def tune_head(
     for first, last, k in tuning.schedule:
         requests = f"{first}" if first == last else f"{first} to {last}"
         typer.echo(f"{requests} requests at once: {f'{k} draft tokens' if k else 'no drafting'}")
-    if tuning.draft_stop_probability:
+    if tuning.draft_stop_probability and any(k for _, _, k in tuning.schedule):
         typer.echo(f"drafting stops once a chain is less likely than {tuning.draft_stop_probability:g}")
     typer.echo(f"{path}: written")
 

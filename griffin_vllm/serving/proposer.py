@@ -40,6 +40,8 @@ class GriffinProposer(EagleProposer):
     *Dynamic depth*: drafting stops as soon as no request's chain is, by the head's own top
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes (``fixed_depth.py``).
+    A request whose own chain has become too unlikely while another's went on hands on what it had until then: where
+    requests share the cores or the GPU's arithmetic, verifying the rest costs more than it yields.
 
     *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
     them is its draft (``lookup.py``) and the head makes none for it; a chain of the head's ends in the same way as
@@ -82,6 +84,8 @@ class GriffinProposer(EagleProposer):
         self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
         self._likelihood: torch.Tensor | float = 1.0
+        # Of each draft step but the last, whether a request's chain was still likely after it.
+        self._goes_on: list[torch.Tensor] = []
         # Of each request its text, drafts included, where that is searched; all of its drafts once they are found, and
         # how many of these the head has made.
         self._texts: list[np.ndarray] = []
@@ -109,6 +113,7 @@ class GriffinProposer(EagleProposer):
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
         self._texts, self._found, self._by_head = [], [[] for _ in near], [0] * len(near)
+        self._goes_on = []
         if wanted and not all_far and self.lookup_min:
             self._texts = self._texts_so_far(**kwargs)
             self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
@@ -122,12 +127,20 @@ class GriffinProposer(EagleProposer):
                 drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
             )
         self._last_draft_probs = self._with_certain_drafts(self._last_draft_probs)
-        if (all(near) and not any(self._found)) or (all_far and self.scheduler_waits):
-            return drafts
+        lengths = self._likely_lengths(*drafts.shape)
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
-        rows = zip(near, self._found, drafts.tolist(), strict=True)
-        return [(tokens or row) if close else [] for close, tokens, row in rows]
+        if not any(self._found) and set(lengths) == {drafts.shape[1]} and (all(near) or all_far):
+            return drafts
+        rows = zip(near, self._found, drafts.tolist(), lengths, strict=True)
+        return [(tokens or row[:length]) if close else [] for close, tokens, row, length in rows]
+
+    def _likely_lengths(self, requests: int, steps: int) -> list[int]:
+        """Of each request the number of its drafts up to the one that made its chain too unlikely."""
+        if not self._goes_on:
+            return [steps] * requests
+        likely = 1 + torch.stack(self._goes_on).sum(dim=0)
+        return likely.clamp(max=steps).tolist()
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""
@@ -268,7 +281,8 @@ class GriffinProposer(EagleProposer):
             return
         if self._texts:
             self._look_further(tokens, self._likelihood)
-        if self._likelihood.max() <= self.stop_probability:
+        self._goes_on.append(self._likelihood > self.stop_probability)
+        if not self._goes_on[-1].any():
             raise DraftedEnough
 
     def _look_further(self, tokens: torch.Tensor, likelihood: torch.Tensor) -> None:

@@ -13,11 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm import envs
 from vllm.config import SpeculativeConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
+from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
     PREFIX,
@@ -34,6 +37,8 @@ from griffin_vllm.serving.tuning import read_tuning
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 # The rejection sampler's limit, MAX_SPEC_LEN in vllm/v1/sample/rejection_sampler.py; beyond it the
 # engine dies at the first request.
@@ -108,6 +113,7 @@ def resolve(
     check_values(head)
     given = {**_tuned(given, spec_tokens, head), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
+    _warn_of_emulation(target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
     passed_on |= {key: given[key] for key in HEAD_SETTINGS if given.get(key) is not None}
@@ -124,6 +130,18 @@ def _tuned(given: Mapping[str, Any], spec_tokens: int | None, head: Head) -> dic
     said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size", PROMPT_LOOKUP} & given.keys()
     tuning = None if said or spec_tokens is not None else read_tuning(head)
     return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability} if tuning else {}
+
+
+def _warn_of_emulation(target: ModelConfig) -> None:
+    if (
+        current_platform.is_cpu()
+        and target.dtype == torch.bfloat16
+        and not multiplies_bf16(torch.device("cpu"))
+    ):
+        logger.warning(
+            "This CPU only emulates bfloat16 products, and verifying drafts takes many of them: speculation is likely "
+            "to be slower than plain decoding, and float32 (--dtype float32) to be faster; `griffin tune` measures it"
+        )
 
 
 def _only_one(key: str, in_config: Any, flag: Any) -> Any:

@@ -1,11 +1,12 @@
 """How many tokens to draft at each batch size on this machine, measured on one engine.
 
-A round of B requests with K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens, where
-``tau(K) = 1 + sum of the first K shares of accepted positions``. Both are measured while the engine's number of
-drafts is changed, and the K with the highest ``tau(K) / step(K, B)`` is kept for each B; 0 where no K beats
-plain decoding. All of that is of the head's own drafts, to the end. Where drafting can stop within a round,
-``tune_depth.py`` then looks for a larger K and the probability at which to stop, for one request at a time, with
-prompt lookup if the head's config has it.
+A round of B requests with at most K drafts each takes ``step(K, B)`` and yields ``B * tau(K)`` tokens. Both are
+measured while the engine's number of drafts is changed, and the K with the highest ``tau(K) / step(K, B)`` is kept for
+each B; 0 where no K beats plain decoding.
+
+One request comes first, with all K drafts made by the head. Where drafting can stop within a round, ``tune_depth.py``
+then looks for a larger K and the probability at which to stop, with prompt lookup if the head's config has it. Several
+requests are measured as they will be served: stopping there, and looking up.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,11 +28,16 @@ from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.config import METHOD
 from griffin_vllm.describe import misfit
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune_depth import chains, choose_depth, draft_to_the_end, record_chains
+from griffin_vllm.serving.tune_depth import (
+    chains,
+    choose_depth,
+    draft_as_served,
+    draft_to_the_end,
+    record_chains,
+)
 from griffin_vllm.serving.tuning import (
     Point,
     Tuning,
-    acceptance_length,
     machine,
     predicted_speed,
     vllm_version,
@@ -45,6 +51,8 @@ if TYPE_CHECKING:
 # slower server, the gain that is given up is small.
 WORTH_IT = 1.03
 PASSES = 3
+# A larger K is worth measuring while the ones before it are at least so fast, compared with the best.
+GIVE_UP = 0.9
 # Tokens of a block of the KV cache, at most: vLLM's choice on CPU.
 LARGEST_BLOCK = 128
 PROMPTS = (
@@ -82,53 +90,103 @@ def tune(
     tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     rendered = [render(tokenizer, [prompt]) for prompt in prompts]
     length = max(map(len, rendered)) + tokens + max_k + 1
-    wanted = [(k, size) for size in sorted(batch_sizes) for k in range(max_k + 1)]
-    # there and back and there again, so that a slow spell of the machine does not fall on one K
-    passes = [one for turn in range(PASSES) for one in (wanted[::-1] if turn % 2 else wanted)]
-    steps: dict[tuple[int, int], list[tuple[float, list[int]]]] = {one: [] for one in wanted}
+    stop_probability = head.config.draft_stop_probability
+    alone: list[Point] = []
+    k_alone = None
     with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         drafts = _Drafts(engine)
-        drafts.set(max_k)
-        draft_to_the_end(engine)
-        list(decode(engine, rendered, 16))
-        for k, size in track(passes, "measuring"):
-            drafts.set(k)
-            steps[k, size] += decode(engine, islice(cycle(rendered), size), tokens)
-        drafts.set(max_k)
-        found = []
-        if record_chains(engine):
-            found = [one for prompt in rendered for one in chains(engine, decode(engine, [prompt], tokens))]
-    points, longest = [], []
-    for (k, size), taken in steps.items():
-        emitted = [count for _, counts in taken for count in counts]
-        points.append(
-            Point(
-                batch_size=size,
-                num_speculative_tokens=k,
-                step_ms=1000 * median(seconds for seconds, _ in taken),
-                acceptance_length=fmean(emitted),
-                tokens_per_second=sum(emitted) / sum(seconds for seconds, _ in taken),
-            )
-        )
-        longest += emitted if k == max_k else []
-    shares = [sum(count > i for count in longest) / len(longest) for i in range(1, max_k + 1)]
-    schedule = choose(points, shares)
-    stop_probability = 0.0
-    if 1 in batch_sizes and schedule[0][2] > 0:
-        alone = [point for point in points if point.batch_size == 1]
-        k, stop_probability = choose_depth(found, alone, schedule[0][2])
-        schedule = alone_with(k, schedule)
+        if 1 in batch_sizes:
+            draft_to_the_end(engine)
+            alone = measure(engine, drafts, rendered, [1], max_k, tokens)
+            _, _, k_alone = choose(alone)[0]
+        if k_alone:
+            drafts.set(max_k)
+            found = []
+            if record_chains(engine):
+                found = [
+                    one for prompt in rendered for one in chains(engine, decode(engine, [prompt], tokens))
+                ]
+            k_alone, stop_probability = choose_depth(found, alone, k_alone)
+        draft_as_served(engine, stop_probability)
+        several = sorted(set(batch_sizes) - {1})
+        together = measure(engine, drafts, rendered, several, max_k, tokens, GIVE_UP) if several else []
+    points = [*alone, *together]
+    schedule = choose(points)
+    if k_alone is not None:
+        schedule = alone_with(k_alone, schedule)
     return Tuning(
         machine=machine(),
         vllm=vllm_version(),
         target=Path(target).name if Path(target).exists() else target,
         weights=weights_digest(head.weights),
-        position_acceptance=shares,
         points=points,
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
         schedule=schedule,
         draft_stop_probability=stop_probability,
     )
+
+
+def measure(
+    engine: LLMEngine,
+    drafts: _Drafts,
+    prompts: Sequence[list[int]],
+    batch_sizes: Sequence[int],
+    max_k: int,
+    tokens: int,
+    give_up: float = 0.0,
+) -> list[Point]:
+    """Every K up to ``max_k`` at every batch size, with the drafter as it is; at a batch size no larger K any more
+    once one has fallen below ``give_up`` of the fastest.
+
+    A chain's acceptance at a position does not depend on how many drafts follow: tau(K) is 1 + the sum of the first K
+    shares of positions accepted, each over all rounds, of all batch sizes, that drafted so far.
+    """
+    rounds: dict[tuple[int, int], list[list[tuple[float, list[int]]]]] = {}
+    fastest: dict[int, float] = {}
+    for size, k in track(list(product(batch_sizes, range(max_k + 1))), _title(batch_sizes)):
+        if k > 0 and (size, k - 1) not in rounds:
+            continue
+        if k > 1 and _tokens_per_second(rounds[size, k - 1]) < give_up * fastest[size]:
+            continue
+        drafts.set(k)
+        rounds[size, k] = [list(decode(engine, islice(cycle(prompts), size), tokens))]
+        fastest[size] = max(fastest.get(size, 0.0), _tokens_per_second(rounds[size, k]))
+    # back and there again, so that a slow spell of the machine does not fall on one K
+    again = [one for turn in range(1, PASSES) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
+    for size, k in track(again, f"{_title(batch_sizes)}, again"):
+        drafts.set(k)
+        rounds[size, k].append(list(decode(engine, islice(cycle(prompts), size), tokens)))
+    shares = []
+    for position in range(1, max((k for _, k in rounds), default=0) + 1):
+        counts = [
+            count
+            for (_, k), passes in rounds.items()
+            if k >= position
+            for taken in passes
+            for _, emitted in taken
+            for count in emitted
+        ]
+        shares.append(sum(count > position for count in counts) / len(counts))
+    return [
+        Point(
+            batch_size=size,
+            num_speculative_tokens=k,
+            # the mean of a pass, whose rounds may be of different depths, and its median over the passes
+            step_ms=1000 * median(fmean(seconds for seconds, _ in taken) for taken in passes),
+            acceptance_length=1 + sum(shares[:k]),
+            tokens_per_second=_tokens_per_second(passes),
+        )
+        for (size, k), passes in rounds.items()
+    ]
+
+
+def _title(batch_sizes: Sequence[int]) -> str:
+    return f"measuring {', '.join(map(str, batch_sizes))} at once"
+
+
+def _tokens_per_second(passes: Sequence[Sequence[tuple[float, list[int]]]]) -> float:
+    taken = [one for rounds in passes for one in rounds]
+    return sum(sum(emitted) for _, emitted in taken) / sum(seconds for seconds, _ in taken)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -147,12 +205,12 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def choose(points: Sequence[Point], position_acceptance: Sequence[float]) -> list[tuple[int, int, int]]:
+def choose(points: Sequence[Point]) -> list[tuple[int, int, int]]:
     """The best K for each measured batch size, as ranges; a size in between gets the next larger one's."""
     schedule: list[tuple[int, int, int]] = []
     for size in sorted({point.batch_size for point in points}):
         own = {
-            point.num_speculative_tokens: predicted_speed(point, position_acceptance)
+            point.num_speculative_tokens: predicted_speed(point)
             for point in points
             if point.batch_size == size
         }
@@ -186,10 +244,10 @@ def explain(tuning: Tuning) -> Table:
             str(point.batch_size),
             str(k),
             f"{point.step_ms:.1f}",
-            f"{acceptance_length(tuning.position_acceptance, k):.2f}",
-            f"{tuning.predicted(point):.1f}",
+            f"{point.acceptance_length:.2f}",
+            f"{predicted_speed(point):.1f}",
             f"{point.tokens_per_second:.1f}",
-            f"{tuning.predicted(point) / tuning.predicted(plain[point.batch_size]):.2f}",
+            f"{predicted_speed(point) / predicted_speed(plain[point.batch_size]):.2f}",
             style="bold" if chosen else "",
         )
     return table

@@ -86,6 +86,11 @@ def draft_to_the_end(engine: LLMEngine) -> None:
     engine.collective_rpc(_draft_to_the_end)
 
 
+def draft_as_served(engine: LLMEngine, stop_probability: float) -> None:
+    """Have the head stop at ``stop_probability`` and look up as its config says, and note nothing any more."""
+    engine.collective_rpc(_draft_as_served, args=(stop_probability,))
+
+
 def record_chains(engine: LLMEngine) -> bool:
     """Note every chain from now on, looked up again where the head's config says so; False where this engine's drafts
     must all be of one length."""
@@ -112,6 +117,16 @@ def _draft_to_the_end(worker: Any) -> None:
     """In the worker."""
     drafter = worker.model_runner.drafter
     drafter.stop_probability, drafter.lookup_min = 0.0, 0
+
+
+def _draft_as_served(worker: Any, stop_probability: float) -> None:
+    """In the worker."""
+    drafter = worker.model_runner.drafter
+    for noted in ("propose", "_greedy_sample"):
+        vars(drafter).pop(noted, None)
+    if drafter.shapes_may_vary:
+        drafter.stop_probability = stop_probability
+        drafter.lookup_min = drafter.draft_model_config.hf_config.prompt_lookup_min
 
 
 def _start_recording(worker: Any) -> bool:

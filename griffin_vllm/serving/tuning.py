@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ TUNING_FILE = "tuning.json"
 
 
 class Point(BaseModel):
-    """One measurement: milliseconds of the median round, tokens a request and round, tokens a second of the batch."""
+    """One measurement: milliseconds of a round, tokens a request and round (over all batch sizes measured in the same
+    way), tokens a second of the batch as they were counted."""
 
     batch_size: PositiveInt
     num_speculative_tokens: NonNegativeInt
@@ -39,15 +39,10 @@ class Tuning(BaseModel):
     vllm: str
     target: str
     weights: str
-    position_acceptance: list[float]
     points: list[Point]
     num_speculative_tokens: PositiveInt
     schedule: list[tuple[int, int, int]]
     draft_stop_probability: float = Field(default=0.0, ge=0.0, lt=1.0)
-
-    def predicted(self, point: Point) -> float:
-        """Tokens a second by the cost model."""
-        return predicted_speed(point, self.position_acceptance)
 
     def speculative_config(self) -> dict[str, Any]:
         """The keys of vLLM's speculative config that this tuning sets."""
@@ -57,15 +52,9 @@ class Tuning(BaseModel):
         return found
 
 
-def acceptance_length(position_acceptance: Sequence[float], k: int) -> float:
-    """Of chains of ``k`` drafts: a chain's acceptance at a position does not depend on how many follow."""
-    return 1 + sum(position_acceptance[:k])
-
-
-def predicted_speed(point: Point, position_acceptance: Sequence[float]) -> float:
-    """Tokens a second of a batch whose rounds take as long as the point's."""
-    tau = acceptance_length(position_acceptance, point.num_speculative_tokens)
-    return 1000 * point.batch_size * tau / point.step_ms
+def predicted_speed(point: Point) -> float:
+    """Tokens a second of the batch by the cost model."""
+    return 1000 * point.batch_size * point.acceptance_length / point.step_ms
 
 
 def read_tuning(head: Head) -> Tuning | None:
@@ -119,11 +108,14 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, as far as the system tells it, and its vector instructions as PyTorch calls them: clouds
+    have very different processors of one name."""
+    from torch.backends.cpu import get_cpu_capability
+
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return f"{next(names, platform.processor() or platform.machine())}, {get_cpu_capability()}"
 
 
 def vllm_version() -> str:

@@ -115,7 +115,10 @@ class TrainConfig(Section):
     clip_value: PositiveFloat | None = Field(
         None, description="clip each gradient entry (the reference: 0.5)"
     )
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products; weights are float32")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="of matrix products; weights are float32. auto: bf16 where the device has instructions for it",
+    )
     attention: AttentionName = Field("auto", description="auto, torch or xformers (CUDA only)")
     soft_target_tokens: PositiveInt | None = Field(
         32, description="the target's most likely tokens that make a soft target; null: the whole vocabulary"

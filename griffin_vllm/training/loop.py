@@ -20,11 +20,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import (
     Head,
     check_values,
@@ -102,7 +103,7 @@ class Trainer:
         Raises:
             GriffinError: data, target and settings do not fit each other, or ``output`` holds another run.
         """
-        self.config = config
+        self.config = config = with_precision(config, PartialState().device)
         self.console = Console(stderr=True)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         self.device = self.accelerator.device
@@ -417,6 +418,13 @@ class Trainer:
             self.console.print(f"{measured}; head in {folder}")
         self.accelerator.wait_for_everyone()
         return folder
+
+
+def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """``config`` with the precision that ``auto`` stands for on ``device``: a run goes on in the one it began in."""
+    if config.precision != "auto":
+        return config
+    return config.model_copy(update={"precision": "bf16" if multiplies_bf16(device) else "fp32"})
 
 
 def claim_output(config: TrainConfig) -> None:

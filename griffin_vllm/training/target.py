@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.config import check_family
 from griffin_vllm.errors import GriffinError
 
@@ -45,13 +46,15 @@ class SoftTargets:
 class Target:
     """A causal language model from transformers, in evaluation mode and without gradients."""
 
-    def __init__(self, path: Path | str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Load the target; a checkpoint's own code is never run.
+    def __init__(self, path: Path | str, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Load the target in ``dtype``, by default bf16 where that is fast; a checkpoint's own code is never run.
 
         Raises:
             GriffinError: the folder is not a causal language model that transformers can load.
         """
         self.config = target_config(path)
+        if dtype is None:
+            dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
         # transformers' SDPA drops Gemma 2's soft cap of the attention scores without a word
         capped = getattr(self.config, "attn_logit_softcapping", None) is not None
         try:

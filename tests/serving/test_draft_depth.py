@@ -17,6 +17,8 @@ from tests.serving.engines import engine, spec_counters
 if TYPE_CHECKING:
     from vllm import LLM
 
+    from griffin_vllm.config import HeadConfig
+
 K = 4
 
 
@@ -32,6 +34,16 @@ def ask(llm: LLM, *texts: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(texts, parameters)]
 
 
+def write_uncertain_head(folder: Path, config: HeadConfig) -> Path:
+    """A head that gives its drafts about 0.86; as ``tiny`` writes it, it is certain of each."""
+    head = tiny.write_head(folder, config)
+    weights = head / SAFETENSORS_FILE
+    tensors = load_file(weights)
+    tensors["fc.fc.weight"] *= 0.1
+    save_file(tensors, weights)
+    return head
+
+
 def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path) -> None:
     texts = ["hello world", "how are you?", "42"]
     answers: list[list[list[int]]] = []
@@ -39,12 +51,7 @@ def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path)
     accepted: list[float] = []
     for stop_probability in (0.0, 0.6, 0.999):
         config = tiny.CONFIG.model_copy(update={"draft_stop_probability": stop_probability})
-        head = tiny.write_head(tmp_path / str(stop_probability), config)
-        weights = head / SAFETENSORS_FILE
-        tensors = load_file(weights)
-        # as it is written the head is certain of every draft; now it gives them about 0.86
-        tensors["fc.fc.weight"] *= 0.1
-        save_file(tensors, weights)
+        head = write_uncertain_head(tmp_path / str(stop_probability), config)
         with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
             # one at a time, then together: the batch goes on while one of its chains is likely
             answers.append([ask(llm, text)[0] for text in texts] + ask(llm, *texts))
@@ -57,6 +64,40 @@ def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path)
     assert 1.1 < depths[1] < depths[0]
     assert depths[2] == 1
     assert accepted[0] >= accepted[1] > accepted[2] > 0
+
+
+def test_each_request_of_a_batch_hands_on_the_drafts_up_to_the_one_that_made_its_chain_unlikely(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    stop = 0.6
+    config = tiny.CONFIG.model_copy(update={"draft_stop_probability": stop})
+    rounds: list[tuple[list[list[int]], list[tuple[float, ...]]]] = []
+    likelihoods: list[list[float]] = []
+    propose, go_on_or_stop = GriffinProposer.propose, GriffinProposer._go_on_or_stop
+
+    def noted_propose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        likelihoods.clear()
+        drafts = propose(self, *args, **kwargs)
+        rows = drafts if isinstance(drafts, list) else drafts.tolist()
+        rounds.append((rows, list(zip(*likelihoods, strict=True))))
+        return drafts
+
+    def noted_step(self: Any, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
+        likelihoods.append((self._likelihood * probabilities).tolist())
+        go_on_or_stop(self, tokens, probabilities)
+
+    monkeypatch.setattr(GriffinProposer, "propose", noted_propose)
+    monkeypatch.setattr(GriffinProposer, "_go_on_or_stop", noted_step)
+    head = write_uncertain_head(tmp_path / "head", config)
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
+        rounds.clear()
+        ask(llm, "hello world", "how are you?", "42")
+    for rows, chains in rounds:
+        for row, chain in zip(rows, chains, strict=True):
+            assert len(row) == 1 + sum(likelihood > stop for likelihood in chain[:-1])
+    assert any(len({len(row) for row in rows}) > 1 for rows, _ in rounds)
 
 
 @pytest.mark.parametrize("k", [1, 3])

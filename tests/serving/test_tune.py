@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,13 +14,12 @@ from typer.testing import CliRunner
 from griffin_vllm.checkpoint import open_head, weights_digest
 from griffin_vllm.cli import app
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import PROMPTS, alone_with, choose
+from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, measure
 from griffin_vllm.serving.tune_depth import Chain, Depth
 from griffin_vllm.serving.tuning import (
     TUNING_FILE,
     Point,
     Tuning,
-    acceptance_length,
     machine,
     read_tuning,
     vllm_version,
@@ -27,25 +28,60 @@ from griffin_vllm.serving.tuning import (
 from tests.serving import tiny
 
 
-def point(size: int, k: int, step_ms: float) -> Point:
+def point(size: int, k: int, step_ms: float, tau: float = 1.0) -> Point:
     return Point(
         batch_size=size,
         num_speculative_tokens=k,
         step_ms=step_ms,
-        acceptance_length=1.0,
+        acceptance_length=tau,
         tokens_per_second=1.0,
     )
 
 
 def test_each_batch_size_gets_the_drafts_that_pay_there_and_none_where_none_do() -> None:
     costs = {1: (40, 44, 50), 2: (40, 44, 50), 8: (40, 50, 80), 16: (40, 70, 120)}
-    points = [point(size, k, step) for size, steps in costs.items() for k, step in enumerate(steps)]
-    # tau is 1, 1.5 and 1.8
-    assert choose(points, [0.5, 0.3]) == [(1, 2, 2), (3, 8, 1), (9, 16, 0)]
+    points = [
+        point(size, k, step, tau)
+        for size, steps in costs.items()
+        for k, (step, tau) in enumerate(zip(steps, (1.0, 1.5, 1.8), strict=True))
+    ]
+    assert choose(points) == [(1, 2, 2), (3, 8, 1), (9, 16, 0)]
 
 
 def test_a_gain_within_the_noise_leaves_drafting_off() -> None:
-    assert choose([point(1, 0, 40), point(1, 1, 59.9)], [0.5]) == [(1, 1, 0)]
+    assert choose([point(1, 0, 40), point(1, 1, 59.9, 1.5)]) == [(1, 1, 0)]
+
+
+def test_a_batch_size_is_not_measured_far_beyond_its_best_number_of_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    k = 0
+
+    def set_k(number: int) -> None:
+        nonlocal k
+        k = number
+
+    def decode(_: object, prompts: Iterable[list[int]], tokens: int) -> Iterator[tuple[float, list[int]]]:
+        size = len(list(prompts))
+        asked.append((size, k))
+        # half of all first drafts are accepted, and a quarter of all second ones
+        for emitted in (1 + min(k, 2), 1 + min(k, 1), 1, 1):
+            yield 1.0 + 0.1 * k * size, [emitted] * size
+
+    monkeypatch.setattr("griffin_vllm.serving.tune.decode", decode)
+    engine: Any = None
+    drafts: Any = SimpleNamespace(set=set_k)
+    points = measure(engine, drafts, [[1], [2]], [2, 8], 4, 16, give_up=0.9)
+    assert {(one.batch_size, one.num_speculative_tokens) for one in points} == {
+        *((2, number) for number in (0, 1, 2, 3)),
+        *((8, number) for number in (0, 1)),
+    }
+    assert asked == [*asked[:6], *asked[:6][::-1], *asked[:6]]
+    assert [one.acceptance_length for one in points[:4]] == [1, 1.5, 1.75, 1.75]
+    assert points[5].step_ms == pytest.approx(1800)
+    assert points[5].tokens_per_second == pytest.approx(8 * 1.5 / 1.8)
+    assert len(measure(engine, drafts, [[1], [2]], [2, 8], 4, 16)) == 10
 
 
 @pytest.fixture
@@ -59,7 +95,6 @@ def tuning(head: Path, **changes: object) -> Tuning:
         vllm=vllm_version(),
         target="target",
         weights=weights_digest(open_head(head).weights),
-        position_acceptance=[0.5],
         points=[point(1, 0, 40), point(1, 1, 44)],
         num_speculative_tokens=1,
         schedule=[(1, 1, 1), (2, 4, 0)],
@@ -203,6 +238,7 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
         return Depth(2, 0.25)
 
     # whether drafting pays on models this small is up to the machine's mood
+    monkeypatch.setattr("griffin_vllm.serving.tune.GIVE_UP", 0.0)
     monkeypatch.setattr("griffin_vllm.serving.tune.choose", lambda *_: [(1, 2, 2)])
     monkeypatch.setattr("griffin_vllm.serving.tune.choose_depth", chosen)
     # not through CliRunner: vLLM 0.28 wants a standard output that is a file
@@ -213,10 +249,10 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
         (size, k) for size in (1, 2) for k in (0, 1, 2)
     ]
     # plain rounds yield one token, drafting ones more
-    assert {one.acceptance_length for one in found.points if not one.num_speculative_tokens} == {1.0}
-    assert all(one.acceptance_length > 1 for one in found.points if one.num_speculative_tokens)
-    lengths = [acceptance_length(found.position_acceptance, k) for k in (1, 2)]
-    assert lengths[1] > lengths[0] > 1.1
+    lengths = [one.acceptance_length for one in found.points]
+    assert lengths[0] == lengths[3] == 1.0
+    assert lengths[2] > lengths[1] > 1.1
+    assert lengths[5] > lengths[4] > 1.1
 
     # every round of the answers given one at a time: 16 tokens, the first from the prefill
     assert sum(1 + chain.accepted for chain in chains) == len(PROMPTS) * 15

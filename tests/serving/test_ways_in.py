@@ -25,7 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from griffin_vllm.config import ARCHITECTURE
 from griffin_vllm.convert import convert
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving import hooks
+from griffin_vllm.serving import hooks, speculative_config
 from tests.serving import tiny
 
 K = 2
@@ -138,6 +138,20 @@ def test_a_head_says_how_it_likes_to_draft_and_the_operator_may_say_otherwise(
     expected = expected | {"head": str(head)}
     assert configured(**asked) == expected | {"draft_sample_method": "probabilistic"}
     assert configured(**asked, speculative_config={"draft_sample_method": "greedy"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "warned"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_a_cpu_that_emulates_bfloat16_is_warned_of(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, native: bool, warned: int
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(speculative_config, "multiplies_bf16", lambda device: native)
+    monkeypatch.setattr(speculative_config.logger, "warning", warnings.append)
+    configured(model=str(target), spec_model=f"griffin:{head}", dtype=dtype)
+    assert len(warnings) == warned
+    assert all("--dtype float32" in warning for warning in warnings)
 
 
 def test_the_config_survives_the_way_to_the_workers(target: Path, head: Path) -> None:

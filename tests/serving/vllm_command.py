@@ -73,7 +73,8 @@ def _serve_commands() -> None:
 
     # vLLM looks into a model's class in a process of its own, and keeps what it finds for this version; a command
     # that is the first to ask takes several times as long.
-    ModelRegistry.models["LlamaForCausalLM"].inspect_model_cls()
+    for architecture in ("LlamaForCausalLM", "GPT2LMHeadModel"):
+        ModelRegistry.models[architecture].inspect_model_cls()
     print("ready", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

@@ -35,7 +35,7 @@ from griffin_vllm.training.checkpoints import (
 from griffin_vllm.training.config import TrainConfig, describe_settings
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.export import model_card
-from griffin_vllm.training.loop import Trainer, claim_output, learning_rate, plan_steps
+from griffin_vllm.training.loop import Trainer, claim_output, learning_rate, plan_steps, with_precision
 from griffin_vllm.training.run_log import RunLog
 from tests.full_disk import full_disk, small_disk
 from tests.training.tiny import write_data
@@ -428,6 +428,19 @@ def test_output_of_another_run_is_refused(target: Path, data: Path, tmp_path: Pa
     Trainer(settings(target, data, tmp_path / "run"))
     with pytest.raises(GriffinError, match="seed is 0, expected 1"):
         Trainer(settings(target, data, tmp_path / "run", seed=1))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_in_bf16_only_where_the_device_does_not_emulate_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr("griffin_vllm.training.loop.multiplies_bf16", lambda device: native)
+    here = Path()
+    found = {
+        asked: with_precision(settings(here, here, here, precision=asked), torch.device("cpu")).precision
+        for asked in ("auto", "bf16", "fp32")
+    }
+    assert found == {"auto": "bf16" if native else "fp32", "bf16": "bf16", "fp32": "fp32"}
 
 
 def test_learning_rate_warms_up_and_anneals_to_zero() -> None:
