@@ -157,11 +157,11 @@ bench-load: $(INSTALLED) demo-model
 	  --max-tokens 64 --json $(RESULTS)/speed-served.json
 
 bench-round: $(REDUCED)/config.json
-	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) --enforce-eager \
+	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods $(BENCH_PHASES) --num-prompts 8 --num-speculative-tokens 3 --concurrency 1,8 --max-tokens 64 \
 	  --repeats 3 --json $(RESULTS)/round.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
-	  --num-speculative-tokens 3 --enforce-eager --repeats 3 --json $(RESULTS)/startup.json
+	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts speed-sampled-lookup \
   speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round startup

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 WORTH_IT = 1.03
 PASSES = 3
 # A larger K is worth measuring while the ones before it are at least so fast, compared with the best.
-GIVE_UP = 0.9
+GIVE_UP = 0.85
 # Tokens of a block of the KV cache, at most: vLLM's choice on CPU.
 LARGEST_BLOCK = 128
 PROMPTS = (
