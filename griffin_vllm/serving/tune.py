@@ -95,6 +95,8 @@ def tune(
     k_alone = None
     with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         drafts = _Drafts(engine)
+        drafts.set(max_k)
+        list(decode(engine, rendered, 16))
         if 1 in batch_sizes:
             draft_to_the_end(engine)
             alone = measure(engine, drafts, rendered, [1], max_k, tokens)
@@ -155,7 +157,9 @@ def measure(
     again = [one for turn in range(1, PASSES) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
     for size, k in track(again, f"{_title(batch_sizes)}, again"):
         drafts.set(k)
-        rounds[size, k].append(list(decode(engine, islice(cycle(prompts), size), tokens)))
+        # other prompts in each pass, where there are more than the batch takes, and the same ones for each K
+        start = size * len(rounds[size, k])
+        rounds[size, k].append(list(decode(engine, islice(cycle(prompts), start, start + size), tokens)))
     shares = []
     for position in range(1, max((k for _, k in rounds), default=0) + 1):
         counts = [
