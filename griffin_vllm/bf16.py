@@ -8,7 +8,7 @@ import torch
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether ``device`` multiplies in bfloat16 as fast as in float32, or faster.
 
-    An x86 CPU with AVX2 only emulates it at a sixth of that, so that what is bound by memory elsewhere, such as
+    An x86 CPU with AVX2 only emulates it, several times as slowly, so that what is bound by memory elsewhere, such as
     verifying a few drafts, is bound by arithmetic there.
     """
     if device.type == "cpu":

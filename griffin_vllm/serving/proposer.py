@@ -127,9 +127,9 @@ class GriffinProposer(EagleProposer):
                 drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
             )
         self._last_draft_probs = self._with_certain_drafts(self._last_draft_probs)
-        lengths = self._likely_lengths(*drafts.shape)
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
+        lengths = self._likely_lengths(*drafts.shape)
         if not any(self._found) and set(lengths) == {drafts.shape[1]} and (all(near) or all_far):
             return drafts
         rows = zip(near, self._found, drafts.tolist(), lengths, strict=True)
@@ -139,8 +139,8 @@ class GriffinProposer(EagleProposer):
         """Of each request the number of its drafts up to the one that made its chain too unlikely."""
         if not self._goes_on:
             return [steps] * requests
-        likely = 1 + torch.stack(self._goes_on).sum(dim=0)
-        return likely.clamp(max=steps).tolist()
+        lengths: list[int] = (1 + torch.stack(self._goes_on).sum(dim=0)).tolist()
+        return lengths
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""

@@ -92,7 +92,7 @@ def tune(
     length = max(map(len, rendered)) + tokens + max_k + 1
     stop_probability = head.config.draft_stop_probability
     alone: list[Point] = []
-    k_alone = None
+    k_alone = 0
     with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         drafts = _Drafts(engine)
         drafts.set(max_k)
@@ -114,7 +114,7 @@ def tune(
         together = measure(engine, drafts, rendered, several, max_k, tokens, GIVE_UP) if several else []
     points = [*alone, *together]
     schedule = choose(points)
-    if k_alone is not None:
+    if k_alone:
         schedule = alone_with(k_alone, schedule)
     return Tuning(
         machine=machine(),
@@ -144,24 +144,30 @@ def measure(
     shares of positions accepted, each over all rounds, of all batch sizes, that drafted so far.
     """
     rounds: dict[tuple[int, int], list[list[tuple[float, list[int]]]]] = {}
-    fastest: dict[int, float] = {}
-    for size, k in track(list(product(batch_sizes, range(max_k + 1))), _title(batch_sizes)):
-        if k > 0 and (size, k - 1) not in rounds:
-            continue
-        if k > 1 and _tokens_per_second(rounds[size, k - 1]) < give_up * fastest[size]:
-            continue
+
+    def measure_once(size: int, k: int) -> None:
+        passes = rounds.setdefault((size, k), [])
+        # other prompts in each pass, where there are more than the batch takes, and the same ones for each K
+        start = size * len(passes)
         drafts.set(k)
-        rounds[size, k] = [list(decode(engine, islice(cycle(prompts), size), tokens))]
-        fastest[size] = max(fastest.get(size, 0.0), _tokens_per_second(rounds[size, k]))
+        passes.append(list(decode(engine, islice(cycle(prompts), start, start + size), tokens)))
+
+    fastest: dict[int, float] = {}
+    given_up: set[int] = set()
+    for size, k in track(list(product(batch_sizes, range(max_k + 1))), _title(batch_sizes)):
+        if size in given_up:
+            continue
+        measure_once(size, k)
+        speed = _tokens_per_second(rounds[size, k])
+        fastest[size] = max(fastest.get(size, 0.0), speed)
+        if speed < give_up * fastest[size]:
+            given_up.add(size)
     # back and there again, so that a slow spell of the machine does not fall on one K
     again = [one for turn in range(1, PASSES) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
     for size, k in track(again, f"{_title(batch_sizes)}, again"):
-        drafts.set(k)
-        # other prompts in each pass, where there are more than the batch takes, and the same ones for each K
-        start = size * len(rounds[size, k])
-        rounds[size, k].append(list(decode(engine, islice(cycle(prompts), start, start + size), tokens)))
+        measure_once(size, k)
     shares = []
-    for position in range(1, max((k for _, k in rounds), default=0) + 1):
+    for position in range(1, max(k for _, k in rounds) + 1):
         counts = [
             count
             for (_, k), passes in rounds.items()

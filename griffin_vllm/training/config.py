@@ -117,7 +117,7 @@ class TrainConfig(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="of matrix products; weights are float32. auto: bf16 where the device has instructions for it",
+        description="of matrix products; weights are float32. auto: bf16 unless the device only emulates it",
     )
     attention: AttentionName = Field("auto", description="auto, torch or xformers (CUDA only)")
     soft_target_tokens: PositiveInt | None = Field(

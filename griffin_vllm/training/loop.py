@@ -421,7 +421,7 @@ class Trainer:
 
 
 def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """``config`` with the precision that ``auto`` stands for on ``device``: a run goes on in the one it began in."""
+    """``config`` with the precision that ``auto`` stands for on ``device``, which then is the run's for good."""
     if config.precision != "auto":
         return config
     return config.model_copy(update={"precision": "bf16" if multiplies_bf16(device) else "fp32"})
