@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -103,7 +104,9 @@ class Trainer:
         Raises:
             GriffinError: data, target and settings do not fit each other, or ``output`` holds another run.
         """
-        self.config = config = with_precision(config, PartialState().device)
+        # the first to ask accelerate for its state decides for all whether CPU processes work together
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.config = config = with_precision(config, state.device)
         self.console = Console(stderr=True)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         self.device = self.accelerator.device
