@@ -231,6 +231,7 @@ def draft_vocabulary(head: Head) -> torch.Tensor | None:
 def draft_vocabulary_tensors(target_ids: torch.Tensor, vocab_size: int) -> dict[str, torch.Tensor]:
     """What a checkpoint says about a draft vocabulary of ``target_ids`` (N,) int64, ascending."""
     mask = torch.zeros(vocab_size, dtype=torch.bool)
+    target_ids = target_ids.cpu()
     mask[target_ids] = True
     return {DRAFT_TO_TARGET: target_ids - torch.arange(len(target_ids)), TARGET_TO_DRAFT: mask}
 

@@ -7,7 +7,6 @@ resumed run repeats an uninterrupted one bit for bit.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import signal
 import time
@@ -26,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import (
     Head,
     check_values,
@@ -36,7 +34,7 @@ from griffin_vllm.checkpoint import (
     load_tensors,
     open_head,
 )
-from griffin_vllm.config import HeadConfig, read_json
+from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
@@ -46,7 +44,6 @@ from griffin_vllm.training.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    write_whole,
 )
 from griffin_vllm.training.config import Stage, TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
@@ -59,6 +56,7 @@ from griffin_vllm.training.features import (
     write_cache,
 )
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
+from griffin_vllm.training.run_folder import claim_output, with_precision
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.steps import DraftSteps, StepWeights
@@ -123,7 +121,7 @@ class Trainer:
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()), self.start)
         self.vocabulary = self._draft_vocabulary(chat)
         with self.accelerator.main_process_first():
-            claim_output(config)
+            claim_output(config, self.start)
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         if self.vocabulary is not None:
@@ -170,8 +168,6 @@ class Trainer:
                 speed = progress(done, losses)
                 if done % LOG_EVERY == 0 or done == len(self.plan):
                     log.write("train", done, losses | {"tokens_per_second": speed})
-                if self.answers and done % config.validate_every == 0:
-                    log.write("validation", done, acceptance_row(self.validate()))
                 due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
                 if wish is not Wish.GO_ON:
@@ -179,6 +175,9 @@ class Trainer:
                     self._save(optimizer, done, seconds_before + saved_at - clock)
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
+                # after a stop: a launcher kills the processes that do not end within seconds of its signal
+                if self.answers and done % config.validate_every == 0:
+                    log.write("validation", done, acceptance_row(self.validate()))
         self._save(optimizer, done, seconds_before + time.monotonic() - clock)
         acceptance = self.validate() if self.answers else None
         if acceptance is not None:
@@ -421,35 +420,6 @@ class Trainer:
             self.console.print(f"{measured}; head in {folder}")
         self.accelerator.wait_for_everyone()
         return folder
-
-
-def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """``config`` with the precision that ``auto`` stands for on ``device``, which then is the run's for good."""
-    if config.precision != "auto":
-        return config
-    return config.model_copy(update={"precision": "bf16" if multiplies_bf16(device) else "fp32"})
-
-
-def claim_output(config: TrainConfig) -> None:
-    """Make ``output`` this run's folder; a folder of a run with other settings is refused.
-
-    Raises:
-        GriffinError: another run's folder (the first differing setting is named), or it cannot be written.
-    """
-    path = config.output / "config.json"
-    settings = config.model_dump(mode="json")
-    if path.is_file():
-        # a setting that is younger than the run has its default there
-        before = TrainConfig.check(read_json(path), path).model_dump(mode="json")
-        for name, value in settings.items():
-            if before[name] != value:
-                raise GriffinError.at(path, name, before[name], f"{value!r}; name another output folder")
-        return
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
-    write_whole(path, json.dumps(settings, indent=2))
 
 
 def head_config(

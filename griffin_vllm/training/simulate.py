@@ -60,7 +60,7 @@ def draft_hits(head: DraftHead, shared: SharedWeights, batch: Batch, K: int) -> 
     """(K, B, T) bool: draft step n at position t has x_(t+2) right, given the answer before it."""
     embeddings = nn.functional.embedding(batch.tokens, shared.embed_tokens).float()
     streams, features = Streams(), batch.features
-    hits = torch.zeros(K, *batch.tokens.shape, dtype=torch.bool)
+    hits = torch.zeros(K, *batch.tokens.shape, dtype=torch.bool, device=batch.tokens.device)
     for step in range(K):
         predict, regress = head(embeddings, features, streams)
         logits = predict[batch.loss_mask].to(shared.lm_head.dtype) @ shared.lm_head.T

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.batches import TargetSource
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.features import (
     MANIFEST,
@@ -37,6 +38,27 @@ def write(folder: Path, target: Path, data: Path) -> CacheManifest:
     tokens = [dataset[i][0] for i in range(len(dataset))]
     write_cache(folder, Target(target, torch.device("cpu")), tokens, manifest)
     return manifest
+
+
+def test_processes_write_their_shards_of_one_cache_which_gives_every_sample_its_own_features(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("griffin_vllm.training.features.SHARD_TOKENS", 200)
+    dataset, device = TokenDataset(data, "train"), torch.device("cpu")
+    tokens = [dataset[i][0] for i in range(len(dataset))]
+    manifest = CacheManifest.of(target, target_config(target), dataset, 4)
+    for rank in (1, 0):
+        assert not is_complete(tmp_path, manifest)
+        write_cache(tmp_path, Target(target, device), tokens, manifest, rank=rank, ranks=2)
+    assert is_complete(tmp_path, manifest)
+    assert len(list(tmp_path.glob("features-*"))) > 2
+    cache = FeatureCache(tmp_path, manifest)
+    source = TargetSource(Target(target, device, torch.float32), 4)
+    for i in range(len(dataset)):
+        found, soft = cache[i]
+        [(expected, expected_soft)] = source.features([i], [tokens[i]])
+        torch.testing.assert_close(found.float(), expected.float(), atol=0.05, rtol=0.05)
+        torch.testing.assert_close(soft.probabilities, expected_soft.probabilities, atol=0.02, rtol=0.05)
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

@@ -35,7 +35,8 @@ from griffin_vllm.training.checkpoints import (
 from griffin_vllm.training.config import TrainConfig, describe_settings
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.export import model_card
-from griffin_vllm.training.loop import Trainer, claim_output, learning_rate, plan_steps, with_precision
+from griffin_vllm.training.loop import Trainer, learning_rate, plan_steps
+from griffin_vllm.training.run_folder import claim_output, with_precision
 from griffin_vllm.training.run_log import RunLog
 from tests.full_disk import full_disk, small_disk
 from tests.training.tiny import write_data
@@ -189,7 +190,7 @@ def wait_for_checkpoint(process: subprocess.Popen[str], folder: Path, after: int
 
 
 def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupted_one(
-    target: Path, data: Path, tmp_path: Path
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"stages": [{"draft_steps": 2, "epochs": 15}], "checkpoint_minutes": 1e-6}
     interrupted = settings(target, data, tmp_path / "interrupted", **changes)
@@ -210,7 +211,22 @@ def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupte
     process.kill()
     process.communicate()
 
-    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    killed = latest_checkpoint(checkpoints)
+    assert killed is not None
+    steps_left = len(Trainer(interrupted).plan) - load_checkpoint(killed).step
+    assert steps_left > 0
+    steps_done: list[int] = []
+    optimise = Trainer._optimise
+
+    def counted(trainer: Trainer, model: Any, optimizer: Any, index: int) -> dict[str, float]:
+        steps_done.append(index)
+        return optimise(trainer, model, optimizer, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimise", counted)
+        Trainer(interrupted).run()
+    # from the start again, the weights would be the same
+    assert len(steps_done) == steps_left
     whole = Trainer(settings(target, data, tmp_path / "whole", **changes))
     expected = weights(whole.run())
     found = weights(interrupted.output / "head")
@@ -433,17 +449,51 @@ def test_output_of_another_run_is_refused(target: Path, data: Path, tmp_path: Pa
         Trainer(settings(target, data, tmp_path / "run", seed=1))
 
 
+def test_run_does_not_go_on_with_other_data_at_the_same_place(target: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = settings(target, write_data(data, target), tmp_path / "run")
+    claim_output(config)
+    claim_output(config)
+    shutil.rmtree(data)
+    write_data(data, target, conversations=5)
+    with pytest.raises(GriffinError, match=r"inputs\.json: data is .*; name another output folder"):
+        claim_output(config)
+
+
+def test_run_does_not_go_on_with_another_head_of_the_same_name(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path / "run")
+    heads = [
+        open_head(Trainer(settings(target, data, tmp_path / str(seed), seed=seed)).run()) for seed in (0, 1)
+    ]
+    claim_output(config, heads[0])
+    with pytest.raises(GriffinError, match=r"inputs\.json: init_from is "):
+        claim_output(config, heads[1])
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_products_are_in_bf16_only_where_the_device_does_not_emulate_it(
     monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
-    monkeypatch.setattr("griffin_vllm.training.loop.multiplies_bf16", lambda device: native)
+    monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device: native)
     here = Path()
     found = {
         asked: with_precision(settings(here, here, here, precision=asked), torch.device("cpu")).precision
         for asked in ("auto", "bf16", "fp32")
     }
     assert found == {"auto": "bf16" if native else "fp32", "bf16": "bf16", "fp32": "fp32"}
+
+
+def test_run_goes_on_in_its_precision_on_a_machine_of_the_other_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(Path("t"), Path("d"), tmp_path / "run", precision="auto")
+    for native in (True, False):
+        monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device, n=native: n)
+        found = with_precision(config, torch.device("cpu"))
+        assert found.precision == "bf16"
+        claim_output(found)
 
 
 def test_learning_rate_warms_up_and_anneals_to_zero() -> None:

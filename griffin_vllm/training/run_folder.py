@@ -1,0 +1,83 @@
+"""The folder of one run: it belongs to the settings, the data and the weights that the run was begun with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from griffin_vllm.bf16 import multiplies_bf16
+from griffin_vllm.checkpoint import Head
+from griffin_vllm.checkpoint import weights_digest as head_digest
+from griffin_vllm.config import read_json
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.checkpoints import write_whole
+from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.data import MANIFEST
+from griffin_vllm.training.features import weights_digest
+
+SETTINGS, INPUTS = "config.json", "inputs.json"
+
+
+def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """``config`` with the precision that ``auto`` means: that of the run in ``output``, else the faster one.
+
+    A run that goes on with another machine keeps its precision, which may be the slower one there.
+    """
+    if config.precision != "auto":
+        return config
+    before = _settings_before(config)
+    faster = "bf16" if multiplies_bf16(device) else "fp32"
+    return config.model_copy(update={"precision": faster if before is None else before.precision})
+
+
+def claim_output(config: TrainConfig, start: Head | None = None) -> None:
+    """Make ``output`` this run's folder; a folder of a run with other settings or other inputs is refused.
+
+    ``start``: the head of ``init_from``. A folder that does not say its inputs, as older ones do not, is taken at its
+    settings' word.
+
+    Raises:
+        GriffinError: another run's folder (the first difference is named), or it cannot be written.
+    """
+    path = config.output / SETTINGS
+    settings = config.model_dump(mode="json")
+    before = _settings_before(config)
+    if before is not None:
+        _check_same(path, before.model_dump(mode="json"), settings)
+    found = _inputs(config, start)
+    inputs = config.output / INPUTS
+    if inputs.is_file():
+        _check_same(inputs, read_json(inputs), found)
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
+    for file, values in ((path, settings), (inputs, found)):
+        if not file.is_file():
+            write_whole(file, json.dumps(values, indent=2))
+
+
+def _settings_before(config: TrainConfig) -> TrainConfig | None:
+    path = config.output / SETTINGS
+    # a setting that is younger than the run has its default there
+    return TrainConfig.check(read_json(path), path) if path.is_file() else None
+
+
+def _inputs(config: TrainConfig, start: Head | None) -> dict[str, str | None]:
+    """Digests of what lies behind the settings' paths; the path stays when data are prepared anew."""
+    manifest = config.data / MANIFEST
+    return {
+        "data": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
+        "target": weights_digest(config.target),
+        "init_from": None if start is None else head_digest(start.weights),
+    }
+
+
+def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another output folder")
