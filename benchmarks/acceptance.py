@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = records.Record("acceptance", args, sets)
     arguments = records.engine_arguments(args)
     trajectory = Trajectory(args, sets)
-    planned = runs(methods, args.num_speculative_tokens)
+    planned = runs(methods, args.num_speculative_tokens, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     if 0 in args.temperature and len(trajectory.answers) < len(sets):
         # plain decoding comes first: it is what writes the trajectory
@@ -281,7 +281,7 @@ def _oracle_rows(sampled: Sequence[Sampled], args: argparse.Namespace) -> Iterat
             for answers in one.repeats
             for look in oracle.look(one.prompts.conversations, answers, one.temperature)
         ]
-        for run in runs([Method("oracle")], args.num_speculative_tokens):
+        for run in runs([Method("oracle")], args.num_speculative_tokens, args.dtype):
             k = run.num_speculative_tokens
             yield {
                 **run.fields(),

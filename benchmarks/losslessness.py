@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trajectory = Trajectory(args, sets)
     plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
-    for run in [plain, *runs(wanted, args.num_speculative_tokens)]:
+    for run in [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]:
         rows = [
             (prompts, concurrency, {**run.fields(), "dataset": prompts.name, "concurrency": concurrency})
             for prompts in sets

@@ -158,12 +158,12 @@ def number_of_drafts(text: str) -> int | str:
     return TUNED if text == TUNED else int(text)
 
 
-def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
+def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list[Run]:
     """Every method at every number of draft tokens, ``none`` once each time that it is named, and GRIFFIN heads
-    also as they are ``TUNED``.
+    also as they are ``TUNED`` for a target in ``dtype``.
 
     Raises:
-        GriffinError: a head has no tuning of this machine and vLLM.
+        GriffinError: a head has no tuning of this machine, vLLM and dtype.
     """
     planned = []
     for method in methods:
@@ -172,7 +172,7 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str]) -> list[Run]:
             continue
         planned += [Run(method, k) for k in ks if isinstance(k, int)]
         if TUNED in ks and method.name == "griffin":
-            planned.append(_tuned(method))
+            planned.append(_tuned(method, dtype))
     return planned
 
 
@@ -186,9 +186,11 @@ def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequ
     ]
 
 
-def _tuned(method: Method) -> Run:
+def _tuned(method: Method, dtype: str) -> Run:
     head = open_head(find_head(str(method.head)))
-    tuning = read_tuning(head)
+    tuning = read_tuning(head, dtype)
     if tuning is None:
-        raise GriffinError(f"{head.folder}: has no tuning of this machine and vLLM; run `griffin tune` first")
+        raise GriffinError(
+            f"{head.folder}: has no tuning of this machine, vLLM and {dtype}; run `griffin tune` first"
+        )
     return Run(method, tuning.num_speculative_tokens, tuning=tuning)

@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = records.Record("round", args, sets)
     record.settings["repeats"] = args.repeats
     record.settings["threads"] = torch.get_num_threads()
-    planned = runs(methods, args.num_speculative_tokens)
+    planned = runs(methods, args.num_speculative_tokens, args.dtype)
     measured: dict[tuple[int, int], list[Round]] = {}
     for repeat in range(args.repeats):
         for place in range(len(planned)):

@@ -471,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not expected:
         return record.finish(COLUMNS)
     asked = [with_stop(one, expected[one.id], tokenizer) if one.kind == "stop" else one for one in asked]
-    for run in runs(methods, args.num_speculative_tokens):
+    for run in runs(methods, args.num_speculative_tokens, args.dtype):
         with record.attempt(run):
             extra = {} if run == plain else {"per_request_spec_decode_metrics": "summary"}
             with served.server(run, arguments | extra) as server:

@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tuning in args.best_k_from:
         check_tuning_record(tuning, record.settings)
         best |= best_ks(tuning)
-    planned = _plan(methods, args.num_speculative_tokens, best)
+    planned = _plan(methods, args.num_speculative_tokens, best, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)
     if args.served:
@@ -230,11 +230,13 @@ def best_ks(tuning: Path) -> dict[Method, int]:
     return {method: max(by_k, key=lambda k: geometric_mean(by_k[k])) for method, by_k in speedups.items()}
 
 
-def _plan(methods: Sequence[Method], ks: Sequence[int | str], best: dict[Method, int]) -> list[Run]:
+def _plan(
+    methods: Sequence[Method], ks: Sequence[int | str], best: dict[Method, int], dtype: str
+) -> list[Run]:
     planned = []
     for method in methods:
         extra = [best[named(method)]] if named(method) in best else []
-        planned += runs([method], list(dict.fromkeys([*ks, *extra])))
+        planned += runs([method], list(dict.fromkeys([*ks, *extra])), dtype)
     return planned
 
 

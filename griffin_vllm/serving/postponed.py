@@ -37,7 +37,12 @@ class PostponedWrites:
             self.write()
 
     def write(self) -> None:
-        """Write all of them, in the order in which they came."""
+        """Write all of them; of several for one slot the last one, for a block may have gone to another request."""
         if self._waiting:
-            self._write(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
+            inputs = [torch.cat(parts) for parts in zip(*self._waiting, strict=True)]
+            last = {slot: row for row, slot in enumerate(inputs[-1].tolist())}
+            if len(last) < self._count:
+                rows = torch.tensor(sorted(last.values()), device=inputs[-1].device)
+                inputs = [tensor[rows] for tensor in inputs]
+            self._write(*inputs)
             self._waiting, self._count = [], 0

@@ -33,7 +33,7 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import read_tuning
+from griffin_vllm.serving.tuning import TUNING_FILE, precision, read_tuning
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -111,7 +111,7 @@ def resolve(
     head = open_head(find_head(_with_revision(model.removeprefix(PREFIX), given)))
     _check_fit(head, target, parallel)
     check_values(head)
-    given = {**_tuned(given, spec_tokens, head), **given}
+    given = {**_tuned(given, spec_tokens, head, target), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     _warn_of_emulation(target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
@@ -125,11 +125,20 @@ def resolve(
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
 
 
-def _tuned(given: Mapping[str, Any], spec_tokens: int | None, head: Head) -> dict[str, Any]:
+def _tuned(
+    given: Mapping[str, Any], spec_tokens: int | None, head: Head, target: ModelConfig
+) -> dict[str, Any]:
     """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
     said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size", PROMPT_LOOKUP} & given.keys()
-    tuning = None if said or spec_tokens is not None else read_tuning(head)
-    return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability} if tuning else {}
+    asked = bool(said) or spec_tokens is not None
+    tuning = None if asked else read_tuning(head, precision(target))
+    if tuning is not None:
+        return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability}
+    path = head.folder / TUNING_FILE
+    if path.is_file():
+        other = "it was measured with other weights, another machine, vLLM or precision"
+        logger.info("%s is not used: %s", path, "the number of drafts is given" if asked else other)
+    return {}
 
 
 def _warn_of_emulation(target: ModelConfig) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pydantic import ValidationError
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -39,6 +40,7 @@ from griffin_vllm.serving.tuning import (
     Point,
     Tuning,
     machine,
+    precision,
     predicted_speed,
     vllm_version,
 )
@@ -94,6 +96,7 @@ def tune(
     alone: list[Point] = []
     k_alone = 0
     with _engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
+        measured_in = precision(engine.vllm_config.model_config)
         drafts = _Drafts(engine)
         drafts.set(max_k)
         list(decode(engine, rendered, 16))
@@ -121,6 +124,7 @@ def tune(
         vllm=vllm_version(),
         target=Path(target).name if Path(target).exists() else target,
         weights=weights_digest(head.weights),
+        precision=measured_in,
         points=points,
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
         schedule=schedule,
@@ -150,7 +154,13 @@ def measure(
         # other prompts in each pass, where there are more than the batch takes, and the same ones for each K
         start = size * len(passes)
         drafts.set(k)
-        passes.append(list(decode(engine, islice(cycle(prompts), start, start + size), tokens)))
+        taken = list(decode(engine, islice(cycle(prompts), start, start + size), tokens))
+        if not taken:
+            raise GriffinError(
+                f"griffin tune: the first of {size} requests had its {tokens} tokens before the last was read; "
+                "give more --tokens or shorter prompts"
+            )
+        passes.append(taken)
 
     fastest: dict[int, float] = {}
     given_up: set[int] = set()
@@ -288,10 +298,22 @@ def _engine(
         # As behind `vllm serve`: a worker of its own, whose threads are bound to all cores but the scheduler's.
         # In this process the model would have every core, and two cores verify at half the price of one.
         arguments.distributed_executor_backend = "mp"
+    try:
+        model_config = arguments.create_model_config()
+    except ValidationError as error:
+        reason, *_ = error.errors()[0]["msg"].splitlines()
+        raise GriffinError(f"griffin tune: {reason}") from error
+    if model_config.max_model_len < length:
+        raise GriffinError.at(
+            "griffin tune",
+            "--max-model-len",
+            model_config.max_model_len,
+            f"{length} or more for these prompts",
+        )
     if arguments.kv_cache_memory_bytes is None and arguments.num_gpu_blocks_override is None:
         # vLLM's own choice can be nearly all of a small machine's memory, and it does not start with less
         tokens = max(max_batch * length, arguments.max_model_len or 0) + (2 * max_batch + 1) * LARGEST_BLOCK
-        arguments.kv_cache_memory_bytes = tokens * _cache_bytes(arguments.create_model_config(), head)
+        arguments.kv_cache_memory_bytes = tokens * _cache_bytes(model_config, head)
     arguments.max_num_seqs = max_batch
     arguments.enable_prefix_caching = False
     arguments.speculative_config = {

@@ -144,7 +144,9 @@ def _start_recording(worker: Any) -> bool:
     def noted_propose(*args: Any, **kwargs: Any) -> Any:
         made.clear()
         drafts = propose(*args, **kwargs)
-        drafter.chains.append((list(made), len(drafts[0]) - len(made)))
+        # a part of a long prompt is followed by its next part, not by a round that verifies
+        if not worker.model_runner.discard_request_mask.np[0]:
+            drafter.chains.append((list(made), len(drafts[0]) - len(made)))
         return drafts
 
     def noted_sample(*args: Any) -> Any:

@@ -1,6 +1,6 @@
 """What `griffin tune` writes and the plugin reads: the number of drafts that pays, by batch size.
 
-A tuning holds for the head, machine and vLLM that it was measured with.
+A tuning holds for the head, machine, vLLM and precision that it was measured with.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 TUNING_FILE = "tuning.json"
 
@@ -31,7 +34,8 @@ class Point(BaseModel):
 
 class Tuning(BaseModel):
     """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``;
-    ``draft_stop_probability`` takes the place of the head's own."""
+    ``draft_stop_probability`` takes the place of the head's own; ``precision`` is the target's (:func:`precision`),
+    empty in tunings that are older than this field."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -39,6 +43,7 @@ class Tuning(BaseModel):
     vllm: str
     target: str
     weights: str
+    precision: str = ""
     points: list[Point]
     num_speculative_tokens: PositiveInt
     schedule: list[tuple[int, int, int]]
@@ -57,8 +62,8 @@ def predicted_speed(point: Point) -> float:
     return 1000 * point.batch_size * point.acceptance_length / point.step_ms
 
 
-def read_tuning(head: Head) -> Tuning | None:
-    """The tuning beside ``head``, unless it was made for other weights, another machine or vLLM.
+def read_tuning(head: Head, precision: str) -> Tuning | None:
+    """The tuning beside ``head``, unless it was made for other weights, another machine, vLLM or ``precision``.
 
     Raises:
         GriffinError: the file is damaged.
@@ -71,8 +76,8 @@ def read_tuning(head: Head) -> Tuning | None:
     except (OSError, ValidationError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise GriffinError(f"{path}: is not a tuning ({reason}); delete it or run `griffin tune`") from error
-    ours = (machine(), vllm_version(), weights_digest(head.weights))
-    return tuning if (tuning.machine, tuning.vllm, tuning.weights) == ours else None
+    ours = (machine(), vllm_version(), weights_digest(head.weights), precision)
+    return tuning if (tuning.machine, tuning.vllm, tuning.weights, tuning.precision) == ours else None
 
 
 def write_tuning(path: Path, tuning: Tuning) -> None:
@@ -105,6 +110,12 @@ def machine() -> str:
     from vllm.platforms import current_platform
 
     return f"{current_platform.get_device_name()}, {processor()}, {os.cpu_count()} cores"
+
+
+def precision(target: ModelConfig) -> str:
+    """What ``target`` multiplies in: its dtype, and how it is quantised."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    return f"{dtype}, {target.quantization}" if target.quantization else dtype
 
 
 def processor() -> str:

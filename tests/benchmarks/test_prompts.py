@@ -71,7 +71,7 @@ def test_a_bad_method_is_refused_before_any_engine_starts(text: str) -> None:
 
 def test_methods_become_vllm_configs(tmp_path: Path) -> None:
     plain, ngram, hass = parse_methods(f"none,ngram,hass:{tmp_path}")
-    assert [run.num_speculative_tokens for run in runs([plain, ngram], [3, 5])] == [0, 3, 5]
+    assert [run.num_speculative_tokens for run in runs([plain, ngram], [3, 5], "float32")] == [0, 3, 5]
     assert plain.speculative_config(0, "greedy") is None
     assert (ngram.speculative_config(3, "greedy") or {})["num_speculative_tokens"] == 3
     assert hass.speculative_config(5, "probabilistic") == {
@@ -88,7 +88,7 @@ def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(t
     config = json.loads((dynamic / "config.json").read_text())
     (dynamic / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.25}))
     methods = parse_methods(f"none,griffin:{plain},griffin:{dynamic},griffin:smollm2-135m-instruct")
-    rows = [run.fields() for run in runs(methods, [3])]
+    rows = [run.fields() for run in runs(methods, [3], "float32")]
     assert [row.get("draft_vocab_size") for row in rows] == [None, None, None, 8192]
     assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, 0.2]
     assert [method_name(row) for row in rows] == [
@@ -101,7 +101,7 @@ def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(t
 
 def test_prompt_lookup_is_told_from_the_head_alone(tmp_path: Path) -> None:
     head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update={"prompt_lookup_min": 2}))
-    both = runs(parse_methods(f"griffin:{head},griffin-alone:{head}"), [3])
+    both = runs(parse_methods(f"griffin:{head},griffin-alone:{head}"), [3], "float32")
     assert [method_name(run.fields()) for run in both] == [
         "griffin (head, lookup from 2)",
         "griffin-alone (head)",
@@ -114,10 +114,10 @@ def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_p
     folder = tiny.write_head(tmp_path / "head")
     [griffin] = parse_methods(f"griffin:{folder}")
     with pytest.raises(GriffinError, match="run `griffin tune`"):
-        runs([griffin], ["tuned"])
+        runs([griffin], ["tuned"], "float32")
     found = tuning(folder, num_speculative_tokens=2, schedule=[(1, 2, 2), (3, 8, 0)])
     write_tuning(folder / TUNING_FILE, found)
-    fixed, tuned = runs([griffin], [3, "tuned"])
+    fixed, tuned = runs([griffin], [3, "tuned"], "float32")
     assert fixed.num_speculative_tokens == 3
     assert tuned.num_speculative_tokens == 2
     # without a number the plugin takes what it finds beside the head

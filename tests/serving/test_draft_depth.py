@@ -73,19 +73,20 @@ def test_each_request_of_a_batch_hands_on_the_drafts_up_to_the_one_that_made_its
 
     stop = 0.6
     config = tiny.CONFIG.model_copy(update={"draft_stop_probability": stop})
-    rounds: list[tuple[list[list[int]], list[tuple[float, ...]]]] = []
-    likelihoods: list[list[float]] = []
+    rounds: list[tuple[list[list[int]], list[tuple[tuple[int, float], ...]]]] = []
+    steps: list[list[tuple[int, float]]] = []
     propose, go_on_or_stop = GriffinProposer.propose, GriffinProposer._go_on_or_stop
 
     def noted_propose(self: Any, *args: Any, **kwargs: Any) -> Any:
-        likelihoods.clear()
+        steps.clear()
         drafts = propose(self, *args, **kwargs)
         rows = drafts if isinstance(drafts, list) else drafts.tolist()
-        rounds.append((rows, list(zip(*likelihoods, strict=True))))
+        rounds.append((rows, list(zip(*steps, strict=True))))
         return drafts
 
     def noted_step(self: Any, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
-        likelihoods.append((self._likelihood * probabilities).tolist())
+        likelihoods = (self._likelihood * probabilities).tolist()
+        steps.append(list(zip(tokens.tolist(), likelihoods, strict=True)))
         go_on_or_stop(self, tokens, probabilities)
 
     monkeypatch.setattr(GriffinProposer, "propose", noted_propose)
@@ -96,7 +97,8 @@ def test_each_request_of_a_batch_hands_on_the_drafts_up_to_the_one_that_made_its
         ask(llm, "hello world", "how are you?", "42")
     for rows, chains in rounds:
         for row, chain in zip(rows, chains, strict=True):
-            assert len(row) == 1 + sum(likelihood > stop for likelihood in chain[:-1])
+            length = 1 + sum(likelihood > stop for _, likelihood in chain[:-1])
+            assert row == [token for token, _ in chain[:length]]
     assert any(len({len(row) for row in rows}) > 1 for rows, _ in rounds)
 
 
@@ -173,6 +175,18 @@ def test_steps_that_want_no_drafts_write_the_same_cache_together(
     assert caches[0][0] == caches[1][0]
     assert caches[0][1].abs().sum() > 0
     torch.testing.assert_close(caches[0][1], caches[1][1])
+
+
+def test_of_two_tokens_for_one_place_in_the_cache_the_later_one_is_written() -> None:
+    from griffin_vllm.serving.postponed import PostponedWrites
+
+    written: list[list[int]] = []
+    postponed = PostponedWrites(lambda ids, slots: written.extend([ids.tolist(), slots.tolist()]))
+    # a request ends, and its block goes to another one that was waiting for a place
+    for ids, slots in (([1, 2], [4, 9]), ([3], [5]), ([5, 6], [4, 10])):
+        postponed.add(torch.tensor(ids), torch.tensor(slots))
+    postponed.write()
+    assert written == [[2, 3, 5, 6], [9, 5, 4, 10]]
 
 
 def test_a_step_without_drafts_is_sampled_as_without_a_speculator(

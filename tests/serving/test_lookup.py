@@ -70,14 +70,22 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
 
     texts: list[list[int]] = []
     found: list[list[int]] = []
+    texts_so_far = proposer.GriffinProposer._texts_so_far
+
+    def noted_texts(self: Any, **kwargs: Any) -> list[np.ndarray]:
+        searched = texts_so_far(self, **kwargs)
+        for request, text in zip(self.runner.input_batch.req_ids, searched, strict=True):
+            prompt = self.runner.requests[request].prompt_token_ids
+            assert text.tolist()[: len(prompt)] == prompt
+            texts.append(text.tolist())
+        return searched
 
     def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
-        if k == K:  # before the head drafts
-            texts.append(tokens.tolist())
         found.append(continuation(tokens, n, k))
         return found[-1]
 
     monkeypatch.setattr(proposer, "continuation", noted)
+    monkeypatch.setattr(proposer.GriffinProposer, "_texts_so_far", noted_texts)
     with engine(model=target) as llm:
         expected = ask(llm, REPEATING, FRESH)
         prompts = [llm.get_tokenizer().encode(text) for text in (REPEATING, FRESH)]

@@ -15,6 +15,7 @@ import pytest
 
 from tests.serving import tiny
 from tests.serving.engines import engine, spec_counters
+from tests.serving.test_draft_depth import write_uncertain_head
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -90,6 +91,10 @@ def generate(llm: LLM, texts: list[str], parameters: Any) -> list[Answer]:
     return answers(llm.generate(texts, parameters, use_tqdm=False))
 
 
+def preemptions(llm: LLM) -> float:
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_sixteen_at_once_and_one_at_a_time(compare: Compare, k: int) -> None:
     texts = prompts(16)
@@ -139,10 +144,7 @@ def test_preempted_requests(compare: Compare) -> None:
 
     def ask(llm: LLM) -> list[Answer]:
         found = generate(llm, texts, sampling(max_tokens=150))
-        preemptions = next(
-            metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"
-        )
-        assert preemptions > 0
+        assert preemptions(llm) > 0
         return found
 
     # 12 pages of 32 tokens in 3 layers, of which 8 requests of about 190 tokens want 48
@@ -150,17 +152,28 @@ def test_preempted_requests(compare: Compare) -> None:
     compare(ask, block_size=32, kv_cache_memory_bytes=3 * 14 * page, enable_prefix_caching=False)
 
 
-def test_every_way_of_drafting_less_at_once(compare: Compare, tmp_path: Path) -> None:
-    options = {"prompt_lookup_min": 2, "draft_stop_probability": 0.5, "draft_context_limit": 160}
-    head = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
+def test_every_way_of_drafting_less_at_once(
+    compare: Compare, tmp_path: Path, drafted: list[tuple[int, int]]
+) -> None:
+    limit = 160
+    options = {"prompt_lookup_min": 2, "draft_stop_probability": 0.7, "draft_context_limit": limit}
+    head = write_uncertain_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
     texts = prompts(8, length=40)
     page = 32 * 2 * tiny.HIDDEN_SIZE * 4
+
+    def ask(llm: LLM) -> list[list[Answer]]:
+        found = [generate(llm, texts, sampling(max_tokens=150)), generate(llm, texts[:1], sampling())]
+        assert preemptions(llm) > 0
+        return found
+
     compare(
-        lambda llm: [generate(llm, texts, sampling(max_tokens=150)), generate(llm, texts[:1], sampling())],
+        ask,
         only_speculating={"spec_model": f"griffin:{head}"},
         block_size=32,
         kv_cache_memory_bytes=3 * 14 * page,
     )
+    assert {drafts for context, drafts in drafted if context > limit + 1} == {0}
+    assert len({drafts for context, drafts in drafted if context < limit - K}) > 1
 
 
 def test_requests_that_end_inside_a_draft(compare: Compare, models: Models) -> None:

@@ -95,6 +95,7 @@ def tuning(head: Path, **changes: object) -> Tuning:
         vllm=vllm_version(),
         target="target",
         weights=weights_digest(open_head(head).weights),
+        precision="float32",
         points=[point(1, 0, 40), point(1, 1, 44)],
         num_speculative_tokens=1,
         schedule=[(1, 1, 1), (2, 4, 0)],
@@ -102,18 +103,22 @@ def tuning(head: Path, **changes: object) -> Tuning:
     return found.model_copy(update=changes)
 
 
-@pytest.mark.parametrize("other", [{"machine": "another"}, {"vllm": "0.1"}, {"weights": "0" * 16}])
-def test_a_tuning_of_another_machine_vllm_or_head_is_not_used(head: Path, other: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "other", [{"machine": "another"}, {"vllm": "0.1"}, {"weights": "0" * 16}, {"precision": "bfloat16"}]
+)
+def test_a_tuning_of_another_machine_vllm_head_or_precision_is_not_used(
+    head: Path, other: dict[str, str]
+) -> None:
     write_tuning(head / TUNING_FILE, tuning(head))
-    assert read_tuning(open_head(head)) == tuning(head)
+    assert read_tuning(open_head(head), "float32") == tuning(head)
     write_tuning(head / TUNING_FILE, tuning(head, **other))
-    assert read_tuning(open_head(head)) is None
+    assert read_tuning(open_head(head), "float32") is None
 
 
 def test_a_damaged_tuning_is_named(head: Path) -> None:
     (head / TUNING_FILE).write_text("{")
     with pytest.raises(GriffinError, match=r"tuning\.json: is not a tuning"):
-        read_tuning(open_head(head))
+        read_tuning(open_head(head), "float32")
 
 
 def test_a_schedule_of_one_number_is_no_schedule(head: Path) -> None:
@@ -182,6 +187,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda here: ["--block-size", "many"],
         "griffin tune: argument --block-size: ",
     ),
+    "prompts that are longer than the target's context": (
+        lambda here: ["--prompts", str(write(here / "long.txt", b"word " * 1000))],
+        r"griffin tune: .*max_model_len",
+    ),
+    "prompts that are longer than --max-model-len": (
+        lambda here: ["--max-model-len", "64"],
+        r"griffin tune: --max-model-len is 64, expected \d+ or more for these prompts",
+    ),
     "batch sizes that are no numbers": (
         lambda here: ["--batch-sizes", "1,two"],
         "--batch-sizes is '1,two', expected whole numbers like 1,2,4",
@@ -243,7 +256,7 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     monkeypatch.setattr("griffin_vllm.serving.tune.choose_depth", chosen)
     # not through CliRunner: vLLM 0.28 wants a standard output that is a file
     app(["tune", target, str(head), *options, *engine], standalone_mode=False)
-    found = read_tuning(open_head(head))
+    found = read_tuning(open_head(head), "float32")
     assert found is not None
     assert [(one.batch_size, one.num_speculative_tokens) for one in found.points] == [
         (size, k) for size in (1, 2) for k in (0, 1, 2)
@@ -262,13 +275,16 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     write_tuning(head / TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
 
     def configured(**asked: object) -> object:
-        arguments = EngineArgs(model=target, max_model_len=128, spec_model=f"griffin:{head}", **asked)
+        arguments = EngineArgs(
+            model=target, max_model_len=128, spec_model=f"griffin:{head}", **{"dtype": "float32", **asked}
+        )
         config = arguments.create_engine_config().speculative_config
         stop = config.draft_model_config.hf_config.draft_stop_probability
         return config.num_speculative_tokens, config.num_speculative_tokens_per_batch_size, stop
 
     assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)], 0.25)
     assert configured(spec_tokens=3) == (3, None, 0.0)
+    assert configured(dtype="bfloat16") == (tiny.CONFIG.num_speculative_tokens, None, 0.0)
 
 
 def test_one_request_alone_can_have_a_depth_of_its_own() -> None:

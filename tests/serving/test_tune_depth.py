@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
-from griffin_vllm.serving.tune_depth import Chain, Depth, choose_depth, drafts_made
+import numpy as np
+import pytest
+import torch
+
+from griffin_vllm.serving.tune_depth import (
+    Chain,
+    Depth,
+    _recorded,
+    _start_recording,
+    choose_depth,
+    drafts_made,
+)
 from griffin_vllm.serving.tuning import Point
 
 
@@ -47,3 +59,31 @@ def test_drafts_that_were_looked_up_cost_their_verification(lookup_ms: float, dr
 def test_nothing_is_chosen_from_nothing() -> None:
     assert choose_depth([], points(30, 33, 36), 2) == Depth(2, 0.0)
     assert choose_depth([SURE], points(30, 33), 1) == Depth(1, 0.0)
+
+
+class Drafter:
+    """Stands for the proposer: one draft, made with probability 0.5."""
+
+    shapes_may_vary = True
+    draft_model_config = SimpleNamespace(hf_config=SimpleNamespace(prompt_lookup_min=0))
+    model = SimpleNamespace(get_top_tokens_and_probabilities=lambda *_: (None, torch.tensor([0.5])))
+    _likelihood = 1.0
+
+    def _greedy_sample(self) -> torch.Tensor:
+        return torch.tensor([7])
+
+    def propose(self) -> list[list[int]]:
+        return [self._greedy_sample().tolist()]
+
+
+def test_the_parts_of_a_long_prompt_are_no_rounds_with_a_drafter_of_our_own() -> None:
+    drafter: Any = Drafter()
+    unfinished = np.array([True])
+    runner = SimpleNamespace(drafter=drafter, discard_request_mask=SimpleNamespace(np=unfinished))
+    worker = SimpleNamespace(model_runner=runner)
+    assert _start_recording(worker)
+    drafter.propose()
+    drafter.propose()
+    unfinished[0] = False
+    drafter.propose()
+    assert _recorded(worker) == [([0.5], 0)]
