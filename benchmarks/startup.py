@@ -32,10 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("startup", args, sets)
     record.settings["repeats"] = args.repeats
-    planned, arguments = (
-        runs(methods, args.num_speculative_tokens, args.dtype),
-        records.engine_arguments(args),
-    )
+    planned = runs(methods, args.num_speculative_tokens, args.dtype)
+    arguments = records.engine_arguments(args)
     starts: list[dict[int, float]] = [{} for _ in planned]
     for repeat in range(args.repeats + 1):
         for place in range(len(planned)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import reprlib
 from pathlib import Path
 
+from pydantic import ValidationError
+
 # A bad file can hold a megabyte in one field; the message stays one readable line.
 MAX_SHOWN = 120
 # Nor is all of a nested value written out first: a few lines of YAML can name more items than memory holds.
@@ -30,6 +32,10 @@ class GriffinError(ValueError):
 
     @staticmethod
     def reason(error: BaseException) -> str:
-        """First line of another library's error, or an ``OSError``'s reason, for the end of a message."""
-        text = getattr(error, "strerror", None) or str(error)
+        """First line of another library's error, an ``OSError``'s reason, or what pydantic found first, for the end of
+        a message."""
+        if isinstance(error, ValidationError):
+            text = error.errors()[0]["msg"]
+        else:
+            text = getattr(error, "strerror", None) or str(error)
         return (text.splitlines() or [type(error).__name__])[0]

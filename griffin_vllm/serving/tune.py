@@ -301,8 +301,7 @@ def _engine(
     try:
         model_config = arguments.create_model_config()
     except ValidationError as error:
-        reason, *_ = error.errors()[0]["msg"].splitlines()
-        raise GriffinError(f"griffin tune: {reason}") from error
+        raise GriffinError(f"griffin tune: {GriffinError.reason(error)}") from error
     if model_config.max_model_len < length:
         raise GriffinError.at(
             "griffin tune",

@@ -74,8 +74,9 @@ def read_tuning(head: Head, precision: str) -> Tuning | None:
     try:
         tuning = Tuning.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise GriffinError(f"{path}: is not a tuning ({reason}); delete it or run `griffin tune`") from error
+        raise GriffinError(
+            f"{path}: is not a tuning ({GriffinError.reason(error)}); delete it or run `griffin tune`"
+        ) from error
     ours = (machine(), vllm_version(), weights_digest(head.weights), precision)
     return tuning if (tuning.machine, tuning.vllm, tuning.weights, tuning.precision) == ours else None
 

@@ -438,6 +438,11 @@ def _open(source: str, progress: Progress) -> Iterator[Record]:
         yield record
 
 
+def dataset_digest(folder: Path) -> str:
+    """SHA-256 of the manifest of the token dataset in ``folder``, which holds the digests of its sources."""
+    return _sha256(folder / MANIFEST)
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

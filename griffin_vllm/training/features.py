@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.data import TokenDataset
+from griffin_vllm.training.data import TokenDataset, dataset_digest
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
 SHARD_TOKENS = 65_536
@@ -56,7 +56,7 @@ class CacheManifest:
         """The cache that ``data`` needs from the target in folder ``target``."""
         return cls(
             target=target.name,
-            dataset=sha256((data.folder / "manifest.json").read_bytes()).hexdigest(),
+            dataset=dataset_digest(data.folder),
             hidden_size=hf_config.hidden_size,
             vocab_size=hf_config.vocab_size,
             top_k=top_k,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.checkpoints import write_whole
 from griffin_vllm.training.config import TrainConfig
-from griffin_vllm.training.data import MANIFEST
+from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import weights_digest
 
 SETTINGS, INPUTS = "config.json", "inputs.json"
@@ -69,9 +68,8 @@ def _settings_before(config: TrainConfig) -> TrainConfig | None:
 
 def _inputs(config: TrainConfig, start: Head | None) -> dict[str, str | None]:
     """Digests of what lies behind the settings' paths; the path stays when data are prepared anew."""
-    manifest = config.data / MANIFEST
     return {
-        "data": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
+        "data": dataset_digest(config.data),
         "target": weights_digest(config.target),
         "init_from": None if start is None else head_digest(start.weights),
     }

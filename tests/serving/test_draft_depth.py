@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from griffin_vllm.checkpoint import SAFETENSORS_FILE
 from tests.serving import tiny
 from tests.serving.engines import engine, spec_counters
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from griffin_vllm.config import HeadConfig
 
 K = 4
 
@@ -34,16 +31,6 @@ def ask(llm: LLM, *texts: str) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in llm.generate(texts, parameters)]
 
 
-def write_uncertain_head(folder: Path, config: HeadConfig) -> Path:
-    """A head that gives its drafts about 0.86; as ``tiny`` writes it, it is certain of each."""
-    head = tiny.write_head(folder, config)
-    weights = head / SAFETENSORS_FILE
-    tensors = load_file(weights)
-    tensors["fc.fc.weight"] *= 0.1
-    save_file(tensors, weights)
-    return head
-
-
 def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path) -> None:
     texts = ["hello world", "how are you?", "42"]
     answers: list[list[list[int]]] = []
@@ -51,7 +38,7 @@ def test_drafting_stops_where_the_chain_is_unlikely(target: str, tmp_path: Path)
     accepted: list[float] = []
     for stop_probability in (0.0, 0.6, 0.999):
         config = tiny.CONFIG.model_copy(update={"draft_stop_probability": stop_probability})
-        head = write_uncertain_head(tmp_path / str(stop_probability), config)
+        head = tiny.write_uncertain_head(tmp_path / str(stop_probability), config)
         with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
             # one at a time, then together: the batch goes on while one of its chains is likely
             answers.append([ask(llm, text)[0] for text in texts] + ask(llm, *texts))
@@ -91,7 +78,7 @@ def test_each_request_of_a_batch_hands_on_the_drafts_up_to_the_one_that_made_its
 
     monkeypatch.setattr(GriffinProposer, "propose", noted_propose)
     monkeypatch.setattr(GriffinProposer, "_go_on_or_stop", noted_step)
-    head = write_uncertain_head(tmp_path / "head", config)
+    head = tiny.write_uncertain_head(tmp_path / "head", config)
     with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K) as llm:
         rounds.clear()
         ask(llm, "hello world", "how are you?", "42")
@@ -230,12 +217,8 @@ def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_onc
 
     postpones = GriffinProposer._only_decodes
     config = tiny.CONFIG.model_copy(update={"draft_stop_probability": 0.0})
-    head = tiny.write_head(tmp_path / "head", config)
-    weights = head / SAFETENSORS_FILE
-    tensors = load_file(weights)
-    # as it is written the head drafts from the last token alone; now its attention has a say
-    tensors["fc.fc.weight"] *= 0.1
-    save_file(tensors, weights)
+    # its attention has a say in its drafts
+    head = tiny.write_uncertain_head(tmp_path / "head", config)
     # the short ones' blocks are handed on while the long one goes on
     parameters = [
         SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for tokens in (120, 20, 20, 30)

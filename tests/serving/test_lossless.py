@@ -15,7 +15,6 @@ import pytest
 
 from tests.serving import tiny
 from tests.serving.engines import engine, spec_counters
-from tests.serving.test_draft_depth import write_uncertain_head
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -157,7 +156,7 @@ def test_every_way_of_drafting_less_at_once(
 ) -> None:
     limit = 160
     options = {"prompt_lookup_min": 2, "draft_stop_probability": 0.7, "draft_context_limit": limit}
-    head = write_uncertain_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
+    head = tiny.write_uncertain_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
     texts = prompts(8, length=40)
     page = 32 * 2 * tiny.HIDDEN_SIZE * 4
 

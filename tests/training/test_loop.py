@@ -357,17 +357,17 @@ def test_full_disk_while_the_log_is_written_is_one_line_and_its_rows_stay(tmp_pa
 
 
 def test_full_disk_while_settings_are_written_leaves_a_folder_that_the_run_can_start_in(
-    tmp_path: Path,
+    data: Path, tmp_path: Path
 ) -> None:
-    config = settings(Path("t"), Path("d"), tmp_path / "run")
+    config = settings(Path("t"), data, tmp_path / "run")
     with full_disk(), pytest.raises(GriffinError, match=r"config\.json: cannot be written \("):
         claim_output(config)
     assert list(config.output.iterdir()) == []
     claim_output(config)
 
 
-def test_run_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
-    config = settings(Path("t"), Path("d"), tmp_path)
+def test_run_that_is_older_than_a_setting_has_its_default(data: Path, tmp_path: Path) -> None:
+    config = settings(Path("t"), data, tmp_path)
     claim_output(config)
     path = tmp_path / "config.json"
     before = json.loads(path.read_text())
@@ -500,9 +500,9 @@ def test_run_in_bf16_multiplies_in_bf16_and_learns_the_same(target: Path, data: 
 
 
 def test_run_goes_on_in_its_precision_on_a_machine_of_the_other_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(Path("t"), Path("d"), tmp_path / "run", precision="auto")
+    config = settings(Path("t"), data, tmp_path / "run", precision="auto")
     for native in (True, False):
         monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device, n=native: n)
         found = with_precision(config, torch.device("cpu"))
