@@ -20,7 +20,7 @@ help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
 	@echo 'make test               run the tests'
 	@echo 'make lint               ruff and mypy'
-	@echo 'make bench              measure on the demo target and rewrite the README (hours)'
+	@echo 'make bench              measure on the demo target and rewrite the tables of the READMEs (hours)'
 	@echo 'make compat             the tests that matter with every supported vLLM (about 20 GB of environments)'
 	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM)]'
 
@@ -165,6 +165,8 @@ bench-round: $(REDUCED)/config.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts speed-sampled-lookup \
   speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round startup
+HEADLINES = acceptance acceptance-lookup speed speed-more-prompts speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
-	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --readme README.md
+	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --details benchmarks/README.md --readme README.md \
+	  --headlines $(wildcard $(HEADLINES:%=$(RESULTS)/%.json))

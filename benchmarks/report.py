@@ -3,8 +3,9 @@
     python benchmarks/report.py benchmarks/results/*.json --out report [--readme README.md] [--training RUN]
 
 Prints the tables as Markdown and writes ``report.html`` and the plots as SVG into ``--out``. With ``--readme``
-short tables (a column a data set) and the plots also replace what lies between the README's markers. Below each
-table stand the machine, versions, engine settings and date of its numbers.
+short tables (a column a data set) and the plots also replace what lies between that file's markers; with
+``--headlines`` the README gets the tables of those records only, and ``--details`` names the file for all of them.
+Below each table stand the machine, versions, engine settings and date of its numbers.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ def markdown(source: Source) -> str:
 
 
 def overview(source: Source) -> str:
-    """The README's share of a record, as Markdown."""
+    """A record's short table, as Markdown."""
     if source.kind not in OVERVIEW:
         return markdown(source)
     naming, content, cell = OVERVIEW[source.kind]
@@ -466,6 +467,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for report.html and the plots")
     parser.add_argument("--readme", type=Path, help="rewrite this file between its markers")
     parser.add_argument(
+        "--headlines",
+        type=Path,
+        nargs="+",
+        metavar="RECORD.json",
+        help="the records that --readme shows (default: all)",
+    )
+    parser.add_argument("--details", type=Path, help="rewrite this file, too, with all records")
+    parser.add_argument(
         "--training", type=Path, nargs="*", default=[], metavar="RUN", help="training folders"
     )
     args = parser.parse_args(argv)
@@ -476,12 +485,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.write_atomically(args.out / f"{name}.svg", drawing)
     records.write_atomically(args.out / "report.html", page(sources, drawings))
     print("\n".join(map(markdown, sources)))
-    if args.readme:
-        folder = Path(os.path.relpath(args.out, args.readme.parent))
-        images = [
-            f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
-        ]
-        records.rewrite(args.readme, BEGIN, END, "\n".join([*map(overview, sources), *images]))
+    headlines = sources if args.headlines is None else [read_record(path) for path in args.headlines]
+    for path, shown in ((args.readme, headlines), (args.details, sources)):
+        if path:
+            folder = Path(os.path.relpath(args.out, path.parent))
+            images = [
+                f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
+            ]
+            records.rewrite(path, BEGIN, END, "\n".join([*map(overview, shown), *images]))
     return 0
 
 

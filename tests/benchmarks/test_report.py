@@ -104,6 +104,23 @@ def test_tables_plots_and_page(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "<script" not in page
 
 
+def test_headlines_are_in_the_readme_and_every_record_in_the_details(folder: Path) -> None:
+    details = folder / "benchmarks" / "README.md"
+    details.parent.mkdir()
+    details.write_text((folder / "README.md").read_text())
+    speed, acceptance, readme = (
+        str(folder / name) for name in ("speed.json", "acceptance.json", "README.md")
+    )
+    files = ["--readme", readme, "--headlines", acceptance, "--details", str(details)]
+    assert report.main([speed, acceptance, "--out", str(folder / "out"), *files]) == 0
+    for title, in_readme in (("**Speed**", False), ("**Acceptance length**", True)):
+        assert (title in Path(readme).read_text()) == in_readme
+        assert title in details.read_text()
+    # the plots are of all records, and each file names them from where it lies
+    assert "(out/speedup-by-method.svg)" in Path(readme).read_text()
+    assert "(../out/speedup-by-method.svg)" in details.read_text()
+
+
 def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
     samplers = {
         "eagle": ("greedy", "probabilistic"),
