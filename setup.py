@@ -43,6 +43,7 @@ setup(
         "train": ["accelerate", "matplotlib", "openai", "pyyaml", "tensorboard"],
         "xformers": ["xformers"],
         "dev": [
+            "datasets",
             "gguf",
             "hypothesis",
             "mypy",

@@ -13,13 +13,22 @@ from griffin_vllm.errors import GriffinError
 
 
 class _OneLineErrors(TyperGroup):
-    """Bad input ends in one red line on stderr and exit status 2, never in a traceback."""
+    """Bad input, or a package that is not there, ends in one red line on stderr and exit status 2, never in a
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except GriffinError as error:
             typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+        except ModuleNotFoundError as error:
+            wanted = "vllm" if error.name == "vllm" else "'griffin-vllm[train]'"
+            typer.secho(
+                f"error: the package {error.name} is missing: pip install {wanted}",
+                fg=typer.colors.RED,
+                err=True,
+            )
             raise typer.Exit(2) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,6 +25,8 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 
+_REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, "README.md"}
+
 
 def convert(
     source: Path,
@@ -39,22 +42,33 @@ def convert(
     ``draft_vocabulary`` (target ids (N,) int64, ascending) the head drafts these tokens only.
 
     Raises:
-        GriffinError: ``source`` is not a GRIFFIN head, or one for another family than ``target``'s.
+        GriffinError: ``source`` is not a GRIFFIN head, or one for a target of another family or other sizes, or
+            ``destination`` holds something else than a head.
     """
     head = open_head(source)
-    model_type = _model_type(target) if target else None
-    if model_type and head.config.target_model_type not in (None, model_type):
+    beside = [path.name for path in destination.iterdir()] if destination.is_dir() else []
+    if (destination.exists() and not destination.is_dir()) or not {*beside} <= _REPLACED:
         raise GriffinError.at(
-            source / CONFIG_FILE,
-            "target_model_type",
-            head.config.target_model_type,
-            f"{model_type!r} (that of {target})",
+            "griffin convert",
+            "DST",
+            str(destination),
+            "a new folder, or one with nothing but a head to replace",
         )
+    named = target or head.config.target
+    target_config = _config_here(named) if named else {}
+    text = target_config.get("text_config", target_config)
+    for field, found, expected in (
+        ("target_model_type", head.config.target_model_type, target_config.get("model_type")),
+        ("hidden_size", head.config.hidden_size, text.get("hidden_size")),
+        ("vocab_size", head.config.vocab_size, text.get("vocab_size")),
+    ):
+        if None not in (found, expected) and found != expected:
+            raise GriffinError.at(source / CONFIG_FILE, field, found, f"{expected!r} (that of {named})")
     tensors = load_tensors(head.weights)
     tensors.pop(EMBEDDINGS, None)
     changes: dict[str, object] = {"target": target} if target else {}
-    if model_type:
-        changes["target_model_type"] = model_type
+    if target and target_config.get("model_type"):
+        changes["target_model_type"] = target_config["model_type"]
     if draft_vocabulary is not None:
         changes["draft_vocab_size"] = len(draft_vocabulary)
         tensors |= draft_vocabulary_tensors(draft_vocabulary, head.config.vocab_size)
@@ -62,8 +76,8 @@ def convert(
     return open_head(destination)
 
 
-def _model_type(target: str) -> str | None:
-    """The target's model type, or None where its config is not on this machine."""
+def _config_here(target: str) -> dict[str, Any]:
+    """The target's config, empty where it is not on this machine."""
     path = Path(target) / CONFIG_FILE
     if not Path(target).exists():
         try:
@@ -71,8 +85,7 @@ def _model_type(target: str) -> str | None:
         except HFValidationError:  # not a Hub id either
             cached = None
         path = Path(cached) if isinstance(cached, str) else path
-    found = read_json(path).get("model_type") if path.is_file() else None
-    return found if isinstance(found, str) else None
+    return read_json(path) if path.is_file() else {}
 
 
 def cached_served_layout(head: Head, cache: Path) -> Path:

@@ -29,6 +29,7 @@ def write_demo_model(folder: Path) -> bool:
     gguf = find_gguf()
 
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -38,9 +39,12 @@ def write_demo_model(folder: Path) -> bool:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with atomic_folder(folder) as staging:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+    try:
+        with atomic_folder(folder) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+    except (OSError, SafetensorError) as error:
+        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
     return True
 
 

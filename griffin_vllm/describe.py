@@ -58,5 +58,5 @@ def _target_config(target: str) -> dict[str, Any]:
         raise
     except Exception as error:  # offline, no such repository, no access: the client has one class for each
         raise GriffinError(
-            f"{target}: is no folder and not on the Hub ({str(error).splitlines()[0]})"
+            f"{target}: is no folder and not on the Hub ({GriffinError.reason(error)})"
         ) from error

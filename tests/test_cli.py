@@ -39,6 +39,14 @@ def test_bad_input_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path) -> No
     assert result.stderr.count("\n") == 1
 
 
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['accelerate'] = None; from griffin_vllm.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "train", str(tmp_path / "head.yaml")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr == "error: the package accelerate is missing: pip install 'griffin-vllm[train]'\n"
+
+
 def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

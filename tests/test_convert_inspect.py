@@ -82,6 +82,30 @@ def test_convert_names_the_family_of_a_target_that_is_here_and_keeps_it(
     assert "config.json: target_model_type is 'qwen2', expected 'llama' (that of " in output
 
 
+def test_convert_refuses_a_target_of_other_sizes(published: Path, tmp_path: Path) -> None:
+    for field, value in (("hidden_size", 64), ("vocab_size", 96)):
+        sizes = {"hidden_size": 64, "vocab_size": 96} | {field: 128}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
+        status, output = run("convert", published, tmp_path / "out", "--target", tmp_path)
+        assert status == 2
+        assert f"config.json: {field} is {value}, expected 128 (that of " in output
+        assert not (tmp_path / "out").exists()
+
+
+def test_convert_replaces_a_head_and_nothing_else(published: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", published, out)[0] == run("convert", published, out)[0] == 0
+    (out / "notes.txt").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for destination in (out, file, tmp_path):
+        status, output = run("convert", published, destination)
+        assert status == 2
+        assert "griffin convert: DST is " in output
+    assert (out / "notes.txt").read_text() == file.read_text() == "mine"
+    assert open_head(published)
+
+
 def test_a_target_of_another_family_does_not_fit(published: Path, tmp_path: Path) -> None:
     sizes = {"model_type": "qwen2", "hidden_size": 64, "vocab_size": 96}
     (tmp_path / "config.json").write_text(json.dumps(sizes))

@@ -169,19 +169,23 @@ class ChatTarget:
 
         None where it does not show them as they were when the target gave them.
         """
-        upto = {i: self._render(turns[: i + 1]).rstrip() for i in answers}
-        if not all(text.startswith(beginning) for beginning in upto.values()):
-            return None
+        marks = None
         if self._marks_answers and not any(turns[i].token_ids for i in answers):
             marks = self._marks(turns)
-            if marks is not None:
-                return [self._span(text, *marks[i], turns[i]) for i in answers]
         spans = []
         for i in answers:
-            prompt = self._render(turns[:i], add_generation_prompt=True)
-            if not upto[i].startswith(prompt):
+            upto = self._render(turns[: i + 1]).rstrip()
+            if marks is not None:
+                span = self._span(text, *marks[i], turns[i])
+            else:
+                prompt = self._render(turns[:i], add_generation_prompt=True)
+                if not upto.startswith(prompt):
+                    return None
+                span = self._span(upto, len(prompt), len(upto), turns[i])
+            # What stands behind an end of turn may go when the conversation does on (Phi 3's <|endoftext|>).
+            if text[: span.end] != upto[: span.end]:
                 return None
-            spans.append(self._span(text, len(prompt), len(upto[i]), turns[i]))
+            spans.append(span)
         return spans
 
     def _marks(self, turns: Sequence[Turn]) -> dict[int, tuple[int, int]] | None:
@@ -203,15 +207,22 @@ class ChatTarget:
         return marks
 
     def _span(self, text: str, start: int, end: int, turn: Turn) -> _Span:
-        """Divide ``text[start:end]`` into an answer and its end of turn."""
-        stop, eos = max(((text.rfind(eos, start, end), eos) for eos in self._eos_texts), default=(-1, ""))
-        if stop >= 0:
-            return _Span(start, stop, stop + len(eos), turn)
+        """Divide ``text[start:end]`` into an answer and its end of turn: the first one behind the answer's text, or the
+        last one where the template rewrites that."""
         content = turn.content.strip()
-        found = text.rfind(content, start, end)
+        found = text.find(content, start, end)
         if found < 0:
-            raise RecordError("the chat template rewrites the answer and closes it with no end-of-turn token")
-        return _Span(start, found + len(content), found + len(content), turn)
+            ends = [(text.rfind(eos, start, end), eos) for eos in self._eos_texts]
+            stop, eos = max(ends, default=(-1, ""))
+            if stop < 0:
+                raise RecordError(
+                    "the chat template rewrites the answer and closes it with no end-of-turn token"
+                )
+            return _Span(start, stop, stop + len(eos), turn)
+        behind = found + len(content)
+        ends = [(text.find(eos, behind, end), eos) for eos in self._eos_texts]
+        stop, eos = min(((at, eos) for at, eos in ends if at >= 0), default=(behind, ""))
+        return _Span(start, stop, stop + len(eos), turn)
 
     def _pieces(self, text: str, spans: Sequence[_Span]) -> list[_Piece]:
         pieces, position = [], 0
@@ -245,6 +256,8 @@ class ChatTarget:
                 before = len(found)
             if piece.token_ids is not None:
                 ids = list(piece.token_ids)
+            if max(ids, default=0) >= self.vocab_size:
+                raise RecordError("a token outside the target's vocabulary")
             if piece.generated:
                 least = min(least, distinct_share(ids))
             tokens += ids

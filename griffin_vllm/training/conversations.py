@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import json
 import re
 import zlib
@@ -28,9 +29,10 @@ ROLES = {
     "bard": "assistant",
     "assistant": "assistant",
 }
-# ShareGPT cuts long conversations into fragments: QWJhYvA_0, QWJhYvA_3, ... are one conversation.
-_SHAREGPT_FRAGMENT = re.compile(r"([A-Za-z0-9]{7})_\d+")
-_NEXT_RECORD = re.compile(r'\{\s*"id"\s*:')
+# ShareGPT cuts long conversations into fragments: QWJhYvA_0, QWJhYvA_3, ... are one conversation. example_0 and
+# example_3 are two: one in 500 of its random words would be of small letters alone.
+_SHAREGPT_FRAGMENT = re.compile(r"(?![a-z]{7}_)([A-Za-z0-9]{7})_\d+")
+_NEXT_RECORD = re.compile(r'\{\s*"(id|question_id|conversations|messages|turns|prompt)"\s*:')
 _CHUNK = 1 << 20
 MAX_RECORD = 64 << 20
 
@@ -48,12 +50,17 @@ class Conversation:
     """At most one system turn, then user and assistant turns by turns, or prompts: user turns alone.
 
     Conversations of one `family` belong on the same side of a split: fragments of one original, by their ids,
-    and records without an id that begin with the same question.
+    and records that begin with the same question where an id does not tell (a number is one in its own file only).
     """
 
     id: str
     family: str
     turns: tuple[Turn, ...]
+
+    @property
+    def known_as(self) -> set[str]:
+        """What a list of conversations to exclude may know it by: its family, and its first question."""
+        return {self.family, next(turn.content for turn in self.turns if turn.role == "user")}
 
 
 @dataclass(frozen=True)
@@ -136,18 +143,25 @@ def read_dataset(source: str) -> Iterator[Record]:
         raise GriffinError(
             f"{source}: is neither a file nor a data set that could be opened ({reason})"
         ) from error
-    records = (record for split in splits for record in split)
-    for index, record in enumerate(records):
+    records = enumerate(record for split in splits for record in split)
+    while True:
+        try:
+            index, record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # a Hub data set comes over the network, record by record
+            raise GriffinError(f"{source}: cannot be read ({GriffinError.reason(error)})") from error
         yield _convert(record, source, index)
 
 
-def conversation(record: object, fallback_id: str) -> Conversation:
+def conversation(record: object) -> Conversation:
     """The conversation in one JSON record.
 
     Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``,
     ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
-    ``token_ids`` and ``finish_reason``. Assistant turns before the first user turn are dropped (fragments
-    begin with them); a conversation ends before its first empty turn, and before the first turn that repeats
+    ``token_ids`` and ``finish_reason``, and a record the ``family`` of the one that it was made from. Assistant
+    turns before the first user turn are dropped (fragments begin with them); a conversation ends before its
+    first empty turn, and before the first turn that repeats
     a role unless there are no answers at all.
 
     Raises:
@@ -169,12 +183,28 @@ def conversation(record: object, fallback_id: str) -> Conversation:
         kept.append(turn)
     if not kept:
         raise RecordError("no user turn to begin with")
-    record_id = record.get("id", record.get("question_id"))
     turns = (*system, *kept)
-    if record_id is None:
-        return Conversation(fallback_id, kept[0].content, turns)
-    fragment = _SHAREGPT_FRAGMENT.fullmatch(str(record_id))
-    return Conversation(str(record_id), fragment[1] if fragment else str(record_id), turns)
+    family = record.get("family")
+    name = _name(record)
+    if name is None or name.isdecimal():
+        asked = json.dumps([turn.content for turn in turns if turn.role != "assistant"])
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        name, by_id = digest if name is None else f"{name}-{digest}", kept[0].content
+    else:
+        fragment = _SHAREGPT_FRAGMENT.fullmatch(name)
+        by_id = fragment[1] if fragment else name
+    return Conversation(name, _sound(family) if isinstance(family, str) and family else by_id, turns)
+
+
+def _name(record: Mapping[str, Any]) -> str | None:
+    """The id of a record as it says it, or None."""
+    found = record.get("id", record.get("question_id"))
+    return None if found in (None, "") else _sound(str(found))
+
+
+def _sound(text: str) -> str:
+    """``text`` without halves of surrogate pairs, which no file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def without_trailing_user_turn(found: Conversation) -> Conversation:
@@ -189,20 +219,19 @@ def without_trailing_user_turn(found: Conversation) -> Conversation:
     return replace(found, turns=turns)
 
 
-def families(paths: Sequence[Path]) -> set[str]:
-    """Families of the conversations in files."""
+def known_as(paths: Sequence[Path]) -> set[str]:
+    """All that the conversations in files are `Conversation.known_as`."""
     records = (record for path in paths for record in read_source(str(path)))
-    return {record.family for record in records if isinstance(record, Conversation)}
+    return {name for record in records if isinstance(record, Conversation) for name in record.known_as}
 
 
 def _convert(record: object, source: str, index: int) -> Record:
     if isinstance(record, RecordError):
         return Skipped(source, index, str(record))
     try:
-        return conversation(record, f"{Path(source).name}-{index}")
+        return conversation(record)
     except RecordError as error:
-        record_id = record.get("id") if isinstance(record, Mapping) else None
-        return Skipped(source, index, str(error), record_id if isinstance(record_id, str) else None)
+        return Skipped(source, index, str(error), _name(record) if isinstance(record, Mapping) else None)
 
 
 def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
@@ -332,12 +361,16 @@ def _array_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
                 position += 1
             else:
                 more()
-        if position == len(text) or text[position] == "]":
+        if position == len(text):
             break
+        if text[position] in "[]":
+            # Arrays one behind the other, as `cat` makes them of files.
+            position += 1
+            continue
         try:
             value, position = parser.raw_decode(text, position)
             yield value
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             unfinished = isinstance(error, json.JSONDecodeError) and (
                 error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
             )

@@ -39,13 +39,15 @@ from griffin_vllm.training.conversations import (
     RecordError,
     Skipped,
     check_source,
-    families,
+    known_as,
     read_source,
     without_trailing_user_turn,
 )
 
 MANIFEST, SKIPPED = "manifest.json", "skipped.jsonl"
 SPLITS = ("train", "validation")
+ARRAYS = ("tokens", "mask", "offsets", "loops")
+_FILES = {MANIFEST, SKIPPED, *(f"{split}.{array}.npy" for split in SPLITS for array in ARRAYS)}
 LOOP_THRESHOLD = 0.6
 _CONVERSATIONS_AT_ONCE = 256
 _EXAMPLES = 5
@@ -219,12 +221,15 @@ def prepare(
         raise GriffinError.at("griffin data prepare", "--validation", validation_share, "from 0 to below 1")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
-    if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _FILES):
         raise GriffinError.at(
-            "griffin data prepare", "--out", str(out), "a new folder or a token dataset to replace"
+            "griffin data prepare",
+            "--out",
+            str(out),
+            "a new folder, or one with nothing but a token dataset, which is replaced",
         )
     chat = ChatTarget.load(target)
-    excluded = families(exclude)
+    excluded = known_as(exclude)
     try:
         with (
             Progress(console=console or Console(stderr=True), transient=True) as progress,
@@ -296,7 +301,10 @@ class _Writer:
 
     def reading(self, source: str, records: Iterable[Record]) -> Iterator[tuple[int, Conversation]]:
         """The usable ones of ``records`` with their numbers; the others are skipped."""
-        digest = _sha256(Path(source)) if Path(source).is_file() else None
+        try:
+            digest = _sha256(Path(source)) if Path(source).is_file() else None
+        except OSError as error:
+            raise GriffinError(f"{source}: cannot be read ({GriffinError.reason(error)})") from error
         self.sources.append(
             Source(name=Path(source).name if digest else source, sha256=digest, records=0, skipped=0)
         )
@@ -320,7 +328,7 @@ class _Writer:
         usable: list[tuple[int, Conversation]] = []
         for index, found in numbered:
             try:
-                if found.family in excluded:
+                if not excluded.isdisjoint(found.known_as):
                     raise RecordError("excluded")
                 usable.append((index, without_trailing_user_turn(found)))
             except RecordError as error:

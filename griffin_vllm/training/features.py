@@ -163,7 +163,10 @@ def write_cache(
     Raises:
         GriffinError: the disk has no room, or the folder holds the cache of something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
     if rank == 0:
         check_caches({folder: manifest})
         text = json.dumps(asdict(manifest))
@@ -297,7 +300,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(path.name + ".partial")
     try:
         write(unfinished)
+        os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
-    os.replace(unfinished, path)

@@ -28,8 +28,9 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import distinct_share
 from griffin_vllm.training.conversations import (
     Conversation,
+    Skipped,
     check_source,
-    families,
+    known_as,
     read_source,
 )
 
@@ -92,23 +93,36 @@ def regenerate(
             answered by then is kept.
     """
     _check(settings)
+    refused = out.with_suffix(".skipped.jsonl")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
-    excluded = families(exclude)
+        for path in (out, refused):
+            if path.exists() and Path(source).exists() and path.samefile(source):
+                raise GriffinError.at(
+                    "griffin data regenerate", "--out", str(out), f"another file than {source}, which is read"
+                )
+    excluded = known_as(exclude)
     prompts: dict[str, Conversation] = {}
+    skipped: Counter[str] = Counter()
     for source in sources:
         for found in read_source(source):
-            if isinstance(found, Conversation) and found.family not in excluded:
-                prompts.setdefault(found.id, found)
+            if isinstance(found, Skipped):
+                skipped[found.reason] += 1
+            elif not excluded.isdisjoint(found.known_as):
+                skipped["excluded"] += 1
+            elif prompts.setdefault(found.id, found) is not found:
+                skipped["the same id as another prompt"] += 1
     if not prompts:
         raise GriffinError(f"{', '.join(sources)}: no usable prompt")
     chosen = list(prompts.values())[:limit]
-    refused = out.with_suffix(".skipped.jsonl")
     try:
-        with _appending(out) as (file, done), _appending(refused) as (refused_file, refused_before):
+        with (
+            _appending(out, "conversations") as (file, done),
+            _appending(refused, "reason") as (refused_file, refused_before),
+        ):
             done |= refused_before
             waiting = [prompt for prompt in chosen if prompt.id not in done]
-            summary = Summary(done_before=len(chosen) - len(waiting))
+            summary = Summary(done_before=len(chosen) - len(waiting), skipped=skipped)
             if waiting:
                 run = _Run(settings, summary, file, refused_file)
                 asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
@@ -125,12 +139,16 @@ class _Run:
 
     async def all(self, base_urls: Sequence[str], prompts: Sequence[Conversation], console: Console) -> None:
         key = os.environ.get("OPENAI_API_KEY", "none")
-        self.endpoints = [
-            _Endpoint(
-                openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=0, timeout=self.settings.timeout)
-            )
-            for url in base_urls
-        ]
+        for url in base_urls:
+            try:
+                client = openai.AsyncOpenAI(
+                    base_url=url, api_key=key, max_retries=0, timeout=self.settings.timeout
+                )
+            except Exception as error:  # httpx's InvalidURL has no class in common with openai's errors
+                raise GriffinError.at(
+                    "griffin data regenerate", "--base-url", url, f"a URL ({GriffinError.reason(error)})"
+                ) from error
+            self.endpoints.append(_Endpoint(client))
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -220,7 +238,8 @@ class _Run:
             self.summary.skipped[reason.split(":")[0]] += 1
             _append(self.refused, {"id": prompt.id, "reason": reason})
             return
-        _append(self.file, {"id": prompt.id, "conversations": answered, "temperature": temperature})
+        record = {"id": prompt.id, "family": prompt.family, "conversations": answered}
+        _append(self.file, record | {"temperature": temperature})
         self.summary.written += 1
 
     def _failed(self, error: Exception) -> None:
@@ -278,13 +297,13 @@ class _Run:
 
 
 class _appending:  # noqa: N801 - a context manager
-    """``path`` opened for appending by this process alone, and the ids that it holds.
+    """``path`` opened for appending by this process alone, and the ids that it holds, of records with ``field``.
 
-    A last line without its end was being written when an earlier run died; it is removed.
+    A last line that breaks off was being written when an earlier run died; it is removed.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, field: str):
+        self.path, self.field = path, field
 
     def __enter__(self) -> tuple[IO[bytes], set[str]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,19 +327,28 @@ class _appending:  # noqa: N801 - a context manager
     def _read(self) -> set[str]:
         ids: set[str] = set()
         self.file.seek(0)
-        end = 0
-        for number, line in enumerate(self.file):
-            if not line.endswith(b"\n"):
-                break
+        end, line = 0, b"\n"
+        for number, line in enumerate(self.file, start=1):
             try:
-                ids.add(json.loads(line)["id"])
+                record = json.loads(line)
+                record[self.field]
+                ids.add(record["id"])
             except (ValueError, KeyError, TypeError) as error:
+                breaks_off = not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
+                if isinstance(error, ValueError) and breaks_off:
+                    self.file.truncate(end)
+                    return ids
                 raise GriffinError(
-                    f"{self.path}: line {number + 1} is not a record of an earlier run; give another --out"
+                    f"{self.path}: line {number} is not a record of an earlier run; give another --out"
                 ) from error
             end += len(line)
-        self.file.truncate(end)
+        if not line.endswith(b"\n"):
+            self.file.write(b"\n")
         return ids
+
+
+# Of every record that is written here.
+_BEGINNING = b'{"id": '
 
 
 def _append(file: IO[bytes], record: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class RunLog:
         """Every whole row; what a process that died left of a last line is none."""
         if not self.path.is_file():
             return []
-        *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
+        *lines, _ = self.path.read_bytes().split(b"\n")
         rows = []
         for number, line in enumerate(lines, start=1):
             try:

@@ -63,7 +63,9 @@ def choose(data: TokenDataset, chat: ChatTarget, size: int) -> Tensor:
     Raises:
         GriffinError: ``size`` is not below the target's vocabulary, or leaves no room for these tokens.
     """
-    always = sorted({*chat.eos_token_ids, *chat.tokenizer.all_special_ids})
+    special = {*chat.eos_token_ids, *chat.tokenizer.all_special_ids}
+    # A tokenizer may know tokens that its model has no row for.
+    always = sorted(token for token in special if token < chat.vocab_size)
     if not len(always) < size < chat.vocab_size:
         raise GriffinError.at(
             "draft vocabulary",

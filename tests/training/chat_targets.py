@@ -46,6 +46,8 @@ MARKED_STRIPS_THINKING = STRIPS_THINKING.replace(
     "{% elif m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|end|>' if m.role == 'user' or not loop.last }}",
 )
+# Like Phi 3: a conversation that asks for nothing ends in the sequence's end, behind the end of its turn.
+ENDS_TWICE = CHATML.removesuffix("{% endif %}") + "{% else %}</s>{% endif %}"
 # Like DeepSeek R1: it asks with a word that is in no rendered answer.
 ASKS_OTHERWISE = CHATML.replace("<|start|>assistant\n{% endif %}", "<|start|>assistant\n<think>\n{% endif %}")
 # No token ends a turn.
@@ -88,7 +90,8 @@ def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:
 
 def chat_target(template: str) -> ChatTarget:
     tokenizer = byte_level(template)
-    return ChatTarget(tokenizer, [tokenizer.eos_token_id], len(tokenizer))
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["</s>"])]
+    return ChatTarget(tokenizer, ends, len(tokenizer))
 
 
 def write_target(folder: Path, template: str = CHATML) -> Path:

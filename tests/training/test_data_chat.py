@@ -14,6 +14,7 @@ BYTE_LEVEL_TEMPLATES = {
     "chatml": targets.CHATML,
     "marked": targets.MARKED,
     "marked_without_end": targets.MARKED_WITHOUT_END,
+    "ends_twice": targets.ENDS_TWICE,
 }
 TARGETS = {name: targets.chat_target(template) for name, template in BYTE_LEVEL_TEMPLATES.items()}
 
@@ -97,8 +98,9 @@ def test_prompt_of_a_token_exact_answer_is_tokenised_as_the_server_does() -> Non
     assert sample.tokens == [*prompt, 9, 10, 0]
 
 
-def test_answer_cut_by_length_has_no_end_of_turn_but_the_conversation_goes_on() -> None:
-    target = TARGETS["chatml"]
+@pytest.mark.parametrize("name", ["chatml", "ends_twice"])
+def test_answer_cut_by_length_has_no_end_of_turn_but_the_conversation_goes_on(name: str) -> None:
+    target = TARGETS[name]
     turns = (
         Turn("user", "a"),
         Turn("assistant", "cut text", cut=True),

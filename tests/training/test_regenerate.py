@@ -20,6 +20,19 @@ from griffin_vllm.training.conversations import Conversation, read_source
 from griffin_vllm.training.regenerate import Settings, Summary, regenerate
 
 
+class Flight:
+    """Requests that are being answered, now and at most."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            self.now += by
+            self.most = max(self.most, self.now)
+
+
 class FakeEndpoint(ThreadingHTTPServer):
     """Answers "re: QUESTION" with made-up token ids; can be told to fail."""
 
@@ -29,7 +42,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
-        self.in_flight = self.most_in_flight = 0
+        self.flight = Flight()
         self.delay = 0.0
         self.failures: dict[str, int] = {}  # question: how often it gets a 500 first
         self.refuses_token_ids = False
@@ -84,11 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.requests.append(request)
-            self.server.in_flight += 1
-            self.server.most_in_flight = max(self.server.most_in_flight, self.server.in_flight)
+        self.server.flight.change(+1)
         time.sleep(self.server.delay)
-        with self.server.lock:
-            self.server.in_flight -= 1
+        self.server.flight.change(-1)
         self._send(*self.server.reply(request))
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
@@ -157,6 +168,7 @@ def test_fake_endpoint_answers_turn_by_turn_and_token_ids_are_kept(
     ids = {"token_ids": [1, 2, 3, 4, 5, 6], "distinct_4grams": 1.0}
     assert written(tmp_path)["p0"] == {
         "id": "p0",
+        "family": "p0",
         "conversations": [
             {"from": "human", "value": "one"},
             {"from": "gpt", "value": "re: one", "finish_reason": "stop", **ids},
@@ -231,9 +243,10 @@ def test_fake_endpoints_share_the_work_and_concurrency_is_bounded(
     endpoint: FakeEndpoint, second_endpoint: FakeEndpoint, tmp_path: Path
 ) -> None:
     endpoint.delay = second_endpoint.delay = 0.02
+    second_endpoint.flight = endpoint.flight
     prompts = write_prompts(tmp_path, *(f"question {i}" for i in range(40)))
     assert run(tmp_path, prompts, endpoint, second_endpoint, concurrency=6).written == 40
-    assert max(endpoint.most_in_flight, second_endpoint.most_in_flight) <= 6
+    assert 1 < endpoint.flight.most <= 6
     assert min(len(endpoint.requests), len(second_endpoint.requests)) > 12
 
 
@@ -282,18 +295,69 @@ def test_wrong_model_name_is_told_with_the_names_that_the_fake_endpoint_serves(
 
 def test_excluded_families_are_not_sent_to_the_fake_endpoint(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"id": i, "prompt": i}) + "\n" for i in ("abcdefg_0", "hijklmn_0")))
+    prompts.write_text("".join(json.dumps({"id": i, "prompt": i}) + "\n" for i in ("QWJhYvA_0", "hijklmn_0")))
     heldout = tmp_path / "heldout.json"
-    heldout.write_text('[{"id": "abcdefg_4", "prompt": "x"}]')
+    heldout.write_text('[{"id": "QWJhYvA_4", "prompt": "x"}]')
     run(tmp_path, str(prompts), endpoint, exclude=[heldout])
     assert list(written(tmp_path)) == ["hijklmn_0"]
 
 
-def test_output_that_is_something_else_is_never_appended_to(endpoint: FakeEndpoint, tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text("my notes\n")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my notes\n",
+        "my notes",
+        json.dumps([{"id": "a", "conversations": []}]),
+        '{"id": "a", "prompt": "a"}\n{"id": "b", "prompt": "b"}',
+    ],
+    ids=["lines", "a line that does not end", "an array", "prompts"],
+)
+def test_output_that_is_something_else_is_never_changed(
+    text: str, endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "out.jsonl").write_text(text)
     with pytest.raises(GriffinError, match="line 1 is not a record"):
         run(tmp_path, write_prompts(tmp_path, "a"), endpoint)
-    assert (tmp_path / "out.jsonl").read_text() == "my notes\n"
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_a_source_is_never_the_output(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    text = json.dumps({"id": "a", "conversations": [{"from": "human", "value": "a"}]})
+    for name in ("out.jsonl", "out.skipped.jsonl"):
+        source = tmp_path / name
+        source.write_text(text)
+        with pytest.raises(GriffinError, match="which is read"):
+            run(tmp_path, str(source), endpoint)
+        with pytest.raises(GriffinError, match="which is read"):
+            run(tmp_path, write_prompts(tmp_path, "b"), endpoint, exclude=[source])
+        assert source.read_text() == text
+        source.unlink()
+
+
+def test_prompts_without_ids_of_their_own_are_told_apart_and_stay_one_family_for_prepare(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    sources = []
+    for name, prompts in (("a", ["one", "two"]), ("b", ["three", "one"])):
+        (tmp_path / name).mkdir()
+        sources.append(tmp_path / name / "prompts.jsonl")
+        numbered = ({"question_id": i, "prompt": prompt} for i, prompt in enumerate(prompts))
+        bare = ({"prompt": prompt} for prompt in prompts)
+        sources[-1].write_text("".join(json.dumps(r) + "\n" for r in (numbered if name == "a" else bare)))
+    (tmp_path / "b" / "prompts.jsonl").open("a").write('{"id": "", "prompt": "three"}\n{"id": "x"}\n')
+    settings = Settings("target", first_pause=0.01)
+    summary = regenerate([endpoint.url], list(map(str, sources)), tmp_path / "out.jsonl", settings)
+    assert summary.written == 4
+    assert summary.skipped == {
+        "the same id as another prompt": 1,
+        "none of the fields conversations, messages, turns, prompt": 1,
+    }
+    found = [
+        record for record in read_source(str(tmp_path / "out.jsonl")) if isinstance(record, Conversation)
+    ]
+    assert sorted(record.family for record in found) == ["one", "one", "three", "two"]
+    again = regenerate([endpoint.url], list(map(str, sources)), tmp_path / "out.jsonl", settings)
+    assert (again.written, again.done_before) == (0, 4)
 
 
 def test_bad_arguments_are_one_line_of_the_command(tmp_path: Path) -> None:
@@ -302,6 +366,7 @@ def test_bad_arguments_are_one_line_of_the_command(tmp_path: Path) -> None:
     url = ["--base-url", "http://127.0.0.1:9/v1"]
     for arguments, words in (
         ([*url, prompts], "does not answer"),
+        (["--base-url", "http://localhost:abc/v1", prompts], "--base-url"),
         ([*url, prompts, "--concurrency", "0"], "--concurrency"),
         ([*url, prompts, "--temperature", "-1"], "--temperature"),
         ([*url, str(tmp_path / "none.jsonl")], "there is no such file"),
