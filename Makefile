@@ -113,7 +113,8 @@ bench-acceptance: $(INSTALLED) demo-model
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
 	  --json $(RESULTS)/acceptance-sampled.json
 
-$(REDUCED)/config.json: | $(INSTALLED) demo-model
+$(REDUCED)/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors griffin_vllm/heads/$(TARGET)/config.json \
+  | $(INSTALLED) demo-model
 	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(REDUCED) --draft-vocab 8192 --corpus $(BENCH_CORPUS) \
 	  --target $(TARGET_FOLDER)
 	for field in draft_stop_probability prompt_lookup_min; do \

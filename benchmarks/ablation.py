@@ -28,12 +28,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
+from griffin_vllm.checkpoint import find_head, open_head
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
 from griffin_vllm.training.loop import Trainer
+from griffin_vllm.training.run_folder import claim_output, with_precision
 from griffin_vllm.training.simulate import Acceptance
 
 
@@ -141,12 +143,18 @@ def main(
 
 
 def recorded(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The runs of an existing record by variant and seed; none of a record of other settings."""
+    """The runs of an existing record by variant and seed.
+
+    Raises:
+        GriffinError: they were made with other settings, or another torch.
+    """
     if not path.is_file():
         return {}
     record = read_json(path)
-    if record.get("settings") != settings:
-        return {}
+    before = record.get("settings", {})
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another --json")
     return {(one["variant"], one["seed"]): one for one in record["runs"]}
 
 
@@ -166,11 +174,18 @@ def chosen_variants(text: str) -> list[str]:
 
 
 def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
-    """One run, or what is left of it; its last validation."""
+    """One run, or what is left of it; its last validation.
+
+    Raises:
+        GriffinError: what is there was trained with other settings or from other data.
+    """
     variant, output = VARIANTS[name], out / f"{name}-{seed}"
-    if not (output / "head").is_dir():
-        overrides = {**variant.settings, "output": str(output), "seed": seed}
-        settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
+    overrides = {**variant.settings, "output": str(output), "seed": seed}
+    settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
+    if (output / "head").is_dir():
+        start = open_head(find_head(settings.init_from), settings.head_name) if settings.init_from else None
+        claim_output(with_precision(settings, torch.device("cpu")), start)
+    else:
         variant.trainer(settings).run()
     last = [row for row in records.read_lines(output / "log.jsonl") if row["kind"] == "validation"][-1]
     return {

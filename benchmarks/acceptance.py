@@ -90,7 +90,7 @@ class Scored:
     distinct_4grams: float
     passes: list[int]
     contexts: list[int]
-    identical: bool
+    identical: bool | None
 
 
 def acceptance_length(scored: Iterable[Scored]) -> float | None:
@@ -118,7 +118,7 @@ def score(answer: Answer, reference: Sequence[int] | None) -> Scored:
         distinct_4grams=distinct_share(reference or answer.tokens),
         passes=passes,
         contexts=[answer.prompt_tokens + end for end in ends[: len(passes)]],
-        identical=reference is None or answer.tokens == list(reference),
+        identical=None if reference is None else answer.tokens == list(reference),
     )
 
 
@@ -144,6 +144,7 @@ def _by_conversation(scored: Iterable[Scored]) -> dict[str, list[int]]:
 
 def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
     """The measured fields of a result row."""
+    compared = [one.identical for one in scored if one.identical is not None]
     return {
         "acceptance_length": acceptance_length(scored),
         "acceptance_length_loop_free": acceptance_length(
@@ -155,7 +156,7 @@ def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
             scored, lambda one: next(name for below, name in REPETITION if one.distinct_4grams < below)
         ),
         "acceptance_length_by_context": _by_context(scored),
-        "identical_answers": sum(one.identical for one in scored) / len(scored),
+        "identical_answers": fmean(compared) if compared else None,
         "num_answers": len(scored),
         "num_passes": sum(len(one.passes) for one in scored),
         "num_tokens": sum(sum(one.passes) for one in scored),

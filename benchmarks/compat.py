@@ -96,20 +96,25 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", metavar="VERSION")
     parser.add_argument("--source", type=Path, metavar="FOLDER", help="the folder that holds vllm/")
     args = parser.parse_args()
+    failed = False
     if args.source:
         keep("read", *read(args.source))
     else:
         with tempfile.TemporaryDirectory() as folder:
             wheel = build_wheel(Path(folder))
             for version in args.versions or VERSIONS:
-                keep("run", version, run(version, wheel))
+                try:
+                    keep("run", version, run(version, wheel))
+                except (subprocess.CalledProcessError, OSError) as error:
+                    print(f"failed: {version}: {error}", file=sys.stderr)
+                    failed = True
         for version in () if args.versions else SOURCES:
             with tempfile.TemporaryDirectory() as folder:
                 keep("read", *read(download(version, Path(folder))))
     record = read_json(RECORD)
     print(markdown(record))
     records.rewrite(ROOT / "README.md", BEGIN, END, markdown(record))
-    if not all(is_sound(row) for kind in record.values() for row in kind.values()):
+    if failed or not all(is_sound(row) for kind in record.values() for row in kind.values()):
         sys.exit(1)
 
 
@@ -224,7 +229,9 @@ def read(folder: Path) -> tuple[str, dict[str, Any]]:
 def markdown(record: dict[str, Any]) -> str:
     lines = [["vLLM (CPU)", "transformers", *COLUMNS]]
     for version, row in record["run"].items():
-        lines.append([version, row["transformers"], *(cell(row["cells"][column]) for column in COLUMNS)])
+        lines.append(
+            [version, row["transformers"], *(cell(row["cells"].get(column, {})) for column in COLUMNS)]
+        )
     text = records.pipes(lines) + "\n"
     wheels = {row.get("wheel_sha256") for row in record["run"].values()}
     if len(wheels) == 1 and None not in wheels:

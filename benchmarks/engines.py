@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.methods import Run
 from benchmarks.prompts import Conversation
+from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune import render
 
 if TYPE_CHECKING:
@@ -131,13 +132,23 @@ def thread_settings(worker: Any) -> dict[str, Any]:
 def fitting(
     tokenizer: Any, conversations: Sequence[Conversation], max_tokens: int, max_model_len: int
 ) -> list[Conversation]:
-    """The conversations that fit the model's length even when every answer has ``max_tokens``."""
+    """The conversations that fit the model's length even when every answer has ``max_tokens``.
+
+    Raises:
+        GriffinError: there is none.
+    """
 
     def longest(conversation: Conversation) -> int:
         turns = len(conversation.turns)
         return len(render_turns(tokenizer, conversation.turns, [""] * (turns - 1))) + turns * max_tokens
 
-    return [conversation for conversation in conversations if longest(conversation) <= max_model_len]
+    found = [conversation for conversation in conversations if longest(conversation) <= max_model_len]
+    if not found:
+        raise GriffinError(
+            f"none of {len(conversations)} conversations fits --max-model-len {max_model_len} with answers of "
+            f"{max_tokens} tokens; --turns takes fewer turns"
+        )
+    return found
 
 
 def answer(

@@ -11,7 +11,8 @@ def paired_ratio(data: np.ndarray, draws: int = DRAWS) -> tuple[float, tuple[flo
     """Ratio of two pooled quotients and its 95 % interval.
 
     Whole conversations are drawn, the same ones for both sides. With more than one repeat each draw is
-    multiplied by a factor with the spread that the ratio had between repeats (Student's t).
+    multiplied by a factor with the spread that the ratio had between repeats (Student's t). Draws of none but
+    conversations without tokens say nothing and are left out.
 
     Args:
         data: (side, numerator or denominator, repeats, conversations).
@@ -23,9 +24,10 @@ def paired_ratio(data: np.ndarray, draws: int = DRAWS) -> tuple[float, tuple[flo
     repeats, conversations = data.shape[2:]
     random = np.random.default_rng(0)
     times_drawn = random.multinomial(conversations, np.full(conversations, 1 / conversations), draws)
-    drawn = np.log(ratio(data.sum(axis=2) @ times_drawn.T))
+    sums = data.sum(axis=2) @ times_drawn.T
+    drawn = np.log(ratio(sums[:, :, (sums > 0).all(axis=(0, 1))]))
     if repeats > 1:
         spread = np.log(ratio(data.sum(axis=3))).std(ddof=1) / np.sqrt(repeats)
-        drawn += spread * random.standard_t(repeats - 1, draws)
+        drawn += spread * random.standard_t(repeats - 1, len(drawn))
     low, high = np.exp(np.percentile(drawn, [2.5, 97.5]))
     return float(ratio(data.sum(axis=(2, 3)))), (float(low), float(high))

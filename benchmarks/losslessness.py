@@ -80,12 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = records.load_inputs(args)
     record = records.Record("losslessness", args, sets)
     record.settings["near_tie"] = near_tie
-    if args.resume:
-        record.resume()
     trajectory = Trajectory(args, sets)
     plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
-    for run in [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]:
+    planned = [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]
+    if args.resume:
+        record.resume(planned)
+    for run in planned:
         rows = [
             (prompts, concurrency, {**run.fields(), "dataset": prompts.name, "concurrency": concurrency})
             for prompts in sets

@@ -21,12 +21,14 @@ VLLM_METHODS = {
     "griffin": "griffin",
     "griffin-alone": "griffin",
 }
+SAMPLERS = ("greedy", "probabilistic")
 # Instead of a number of draft tokens: what `griffin tune` found best at each batch size.
 TUNED = "tuned"
 WITHOUT_HEAD: dict[str, dict[str, Any]] = {
     "none": {},
     "ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 5},
-    "suffix": {},
+    # Otherwise it drafts the answers that it gave to the same prompts before: at the warm-up, or under another load.
+    "suffix": {"suffix_decoding_max_cached_requests": 0},
 }
 
 
@@ -107,7 +109,7 @@ class Run:
 
 def method_name(row: dict[str, Any]) -> str:
     """What a result row was measured with, but for the number of drafts."""
-    head = [Path(row["head"]).name] if row.get("head") else []
+    head = [_short(row["head"])] if row.get("head") else []
     if "draft_vocab_size" in row:
         head.append(f"{row['draft_vocab_size']} tokens")
     if "draft_stop_probability" in row:
@@ -118,17 +120,24 @@ def method_name(row: dict[str, Any]) -> str:
     return row["method"] + (f" ({', '.join(head)})" if head else "") + sampler
 
 
+def _short(head: str) -> str:
+    """A head's folder, after that of the run where it is what `griffin train` calls it."""
+    *_, parent, name = ("", *Path(head).parts)
+    return f"{parent}/{name}" if name == "head" and parent else name
+
+
 def shown(path: str) -> str:
     """A path as a record shows it: absolute ones would tell of the machine only."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def head_digest(method: Method) -> str | None:
-    """Tells the weights of a method's head from others of the same name."""
+    """Tells the weights of a method's head from others of the same name; None where they are not on this machine."""
     if method.head is None:
         return None
     folder = find_head(method.head) if method.is_griffin else Path(method.head)
-    return weights_digest(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return weights_digest(*files) if files else None
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -158,12 +167,19 @@ def number_of_drafts(text: str) -> int | str:
     return TUNED if text == TUNED else int(text)
 
 
+def draft_sampler(text: str) -> str:
+    """``greedy`` or ``probabilistic``."""
+    if text not in SAMPLERS:
+        raise ValueError(f"{text!r} is none of {', '.join(SAMPLERS)}")
+    return text
+
+
 def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list[Run]:
     """Every method at every number of draft tokens, ``none`` once each time that it is named, and GRIFFIN heads
     also as they are ``TUNED`` for a target in ``dtype``.
 
     Raises:
-        GriffinError: a head has no tuning of this machine, vLLM and dtype.
+        GriffinError: a head has no tuning of this machine, vLLM and dtype, or nothing is asked of a method.
     """
     planned = []
     for method in methods:
@@ -173,16 +189,20 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list
         planned += [Run(method, k) for k in ks if isinstance(k, int)]
         if TUNED in ks and method.name == "griffin":
             planned.append(_tuned(method, dtype))
+        elif set(ks) == {TUNED}:
+            raise GriffinError.at(
+                "benchmarks", "--num-speculative-tokens", TUNED, f"a number, too, for {method.name}"
+            )
     return planned
 
 
 def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequence[float]) -> list[Run]:
     """Every head with every way of drafting; at temperature 0 there is but one."""
+    ways = dict.fromkeys(sampler if any(temperatures) else "greedy" for sampler in samplers)
     return [
         replace(run, draft_sample_method=sampler)
         for run in planned
-        for sampler in (samplers if run.method.head else ["greedy"])
-        if sampler == "greedy" or any(temperatures)
+        for sampler in (ways if run.method.head else ["greedy"])
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from griffin_vllm.errors import GriffinError
 
+NAMED_PARTS = {"openai/gsm8k": {"dataset_split": "test", "dataset_subset": "main"}}
 FORMS = "`turns` (MT-bench), `prompt`, or `conversations` (ShareGPT)"
 
 
@@ -56,18 +57,20 @@ def read_prompts(
 
 
 def _records(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
     number = 1
     try:
+        text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             return list(json.loads(text))
         records = []
-        for number, line in enumerate(text.splitlines(), start=1):  # noqa: B007 - named in the error
+        for number, line in enumerate(text.split("\n"), start=1):  # noqa: B007 - named in the error
             if line.strip():
                 records.append(json.loads(line))
         return records
     except json.JSONDecodeError as error:
         raise GriffinError(f"{path}: line {number + error.lineno - 1}: is not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise GriffinError(f"{path}: is no text file ({GriffinError.reason(error)})") from error
 
 
 def _turns(record: Any) -> list[str]:
@@ -78,25 +81,27 @@ def _turns(record: Any) -> list[str]:
     elif "prompt" in record:
         turns = [record["prompt"]]
     else:
-        messages = record.get("conversations") or []
+        messages = record.get("conversations")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            return []
         turns = [message.get("value") for message in messages if message.get("from") in ("human", "user")]
-    return turns if all(isinstance(turn, str) for turn in turns) else []
+    return turns if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) else []
 
 
 def _read_named(name: str, limit: int | None, target: str | None) -> PromptSet:
     from transformers import AutoTokenizer
     from vllm.benchmarks import datasets
 
+    # vLLM does not export all of them
     known = {
         path: loader
-        for loader in vars(datasets).values()
-        if isinstance(loader, type) and issubclass(loader, datasets.HuggingFaceDataset)
-        for path in getattr(loader, "SUPPORTED_DATASET_PATHS", ())
+        for loader in datasets.HuggingFaceDataset.__subclasses__()
+        for path in loader.SUPPORTED_DATASET_PATHS
     }
     if name not in known:
         raise GriffinError(f"{name}: is neither a file nor a data set that vLLM's benchmarks know by name")
-    split = "test" if name == "openai/gsm8k" else "train"
-    loaded = known[name](dataset_path=name, dataset_split=split, random_seed=0)
+    part = NAMED_PARTS.get(name, {"dataset_split": "train"})
+    loaded = known[name](dataset_path=name, random_seed=0, **part)
     samples = loaded.sample(
         tokenizer=AutoTokenizer.from_pretrained(target), num_requests=limit or 80, skip_chat_template=True
     )

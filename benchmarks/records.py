@@ -25,7 +25,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.methods import Method, Run, head_digest, number_of_drafts, parse_methods, shown
+from benchmarks.methods import (
+    VLLM_METHODS,
+    WITHOUT_HEAD,
+    Method,
+    Run,
+    draft_sampler,
+    head_digest,
+    number_of_drafts,
+    parse_methods,
+    shown,
+)
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import processor
@@ -38,9 +48,19 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--target", required=True, help="folder or Hub id of the target")
-    add("--methods", required=True, help="none,ngram,suffix,eagle:HEAD,hass:HEAD,eagle3:HEAD,griffin:HEAD")
+    add(
+        "--methods",
+        required=True,
+        help=", ".join([*WITHOUT_HEAD, *(f"{name}:HEAD" for name in VLLM_METHODS)]),
+    )
     asks = "prompts" not in defaults
-    add("--prompts", required=asks, nargs="+", metavar="FILE", help="MT-bench, ShareGPT or `prompt` form")
+    add(
+        "--prompts",
+        required=asks,
+        nargs="+",
+        metavar="FILE",
+        help="MT-bench, ShareGPT or `prompt` form, or a data set that vLLM's benchmarks know by name",
+    )
     add("--num-prompts", type=int, metavar="N", help="only the first N conversations of each file")
     add("--turns", type=int, metavar="N", help="only the first N turns of each conversation")
     add(
@@ -65,7 +85,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
 def add_draft_sample_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-sample-method",
-        type=_list_of(str),
+        type=_list_of(draft_sampler),
         default=["greedy"],
         metavar="greedy,probabilistic",
         help="how heads draft at a temperature",
@@ -94,6 +114,13 @@ def execute(main: Callable[[Sequence[str] | None], int]) -> None:
 def load_inputs(args: argparse.Namespace) -> tuple[list[Method], list[PromptSet]]:
     """Methods and prompts of the command line, checked before any engine starts."""
     methods = parse_methods(args.methods)
+    folders = {shown(method.head): method.head for method in methods if method.head}
+    for method in methods:
+        if method.head and folders[shown(method.head)] != method.head:
+            raise GriffinError(
+                f"--methods: a record shows {method.head} and {folders[shown(method.head)]} by one name; give the "
+                "paths from the working folder, or other folder names"
+            )
     sets = [read_prompts(source, args.num_prompts, args.target, args.turns) for source in args.prompts]
     names = [prompts.name for prompts in sets]
     if len(set(names)) < len(names):
@@ -142,11 +169,12 @@ class Record:
         self.results: list[dict[str, Any]] = []
         self.failures: list[dict[str, str]] = []
 
-    def resume(self) -> None:
+    def resume(self, planned: Sequence[Run]) -> None:
         """Take over the rows of an unfinished record, which must have been made under the same conditions.
 
         Raises:
-            GriffinError: the record on disk is of another benchmark, target, version or prompt set.
+            GriffinError: the record on disk is of another benchmark, target, version or prompt set, or of other
+                weights of a head in ``planned``.
         """
         if not self.path.exists():
             return
@@ -161,26 +189,34 @@ class Record:
         resumed_with = [*before["settings"].get("resumed_with", []), self.settings["arguments"]]
         self.settings = before["settings"] | {"resumed_with": resumed_with}
         self.results = before["results"]
+        for run in planned:
+            self._note_head(run)
 
     def has(self, identity: dict[str, Any]) -> bool:
         return any(identity.items() <= row.items() for row in self.results)
 
     @contextmanager
     def attempt(self, run: Run) -> Iterator[None]:
-        """One engine's share of the record; a failure is recorded and the next engine gets its turn."""
+        """One engine's share of the record; a failure is recorded and the next engine gets its turn.
+
+        Raises:
+            GriffinError: before the engine, that its head's weights are others than those of earlier rows.
+        """
         print(f"{run.label} ...", file=sys.stderr, flush=True)
+        self._note_head(run)
+        if run.method.name != "oracle":
+            self._note_speculator(run)
         try:
-            if run.method.head:
-                self._note_head(shown(run.method.head), head_digest(run.method))
-            if run.method.name != "oracle":
-                self._note_speculator(run)
             yield
         except Exception as error:
             traceback.print_exc()
             self.failures.append({"run": run.label, "error": GriffinError.reason(error)[:500]})
         self.save()
 
-    def _note_head(self, name: str, digest: str | None) -> None:
+    def _note_head(self, run: Run) -> None:
+        if run.method.head is None:
+            return
+        name, digest = shown(run.method.head), head_digest(run.method)
         if self.settings.setdefault("heads", {}).setdefault(name, digest) != digest:
             raise GriffinError.at(
                 self.path, f"heads.{name}", self.settings["heads"][name], f"weights {digest}"

@@ -1,6 +1,6 @@
 """From the records of the benchmarks to a Markdown table, plots, and one HTML page that needs no server.
 
-    python benchmarks/report.py benchmarks/results/*.json --out report [--readme README.md] [--training RUN]
+    python benchmarks/report.py acceptance.json speed.json --out report [--readme README.md] [--training RUN]
 
 Prints the tables as Markdown and writes ``report.html`` and the plots as SVG into ``--out``. With ``--readme``
 short tables (a column a data set) and the plots also replace what lies between that file's markers; with
@@ -120,10 +120,11 @@ svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
 
 
 class Source(NamedTuple):
-    """One record: what ``records.Record`` wrote."""
+    """One record: what ``records.Record`` wrote, and its file's stem."""
 
     settings: dict[str, Any]
     results: list[dict[str, Any]]
+    name: str
 
     @property
     def kind(self) -> str:
@@ -150,7 +151,7 @@ def read_record(path: Path) -> Source:
     settings, results = found.get("settings", {}), found.get("results")
     if settings.get("benchmark") not in TITLES or not isinstance(results, list):
         raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
-    return Source(settings, results)
+    return Source(settings, results, path.stem)
 
 
 def conditions(settings: dict[str, Any]) -> str:
@@ -171,7 +172,7 @@ def conditions(settings: dict[str, Any]) -> str:
             f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
             for label, found in settings.get("engine_differences", {}).items()
         ),
-        f"at most {settings['max_tokens']} tokens an answer",
+        f"at most {settings['max_tokens']} tokens an answer" if prompts else "",
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{settings['repeats']} repeats" if "repeats" in settings else "",
@@ -195,53 +196,76 @@ def margins(source: Source) -> list[list[str]]:
     drafts (ngram has none), data set by data set and over all of them, as table cells; empty where there is
     nothing to compare."""
     drafted = [row for row in source.results if row["method"] != "none" and row.get("conversations")]
-    groups: dict[tuple[Any, ...], dict[str, dict[str, dict[str, list[int]]]]] = {}
-    sampled_by: dict[str, str | None] = {}
+    groups: dict[tuple[Any, ...], dict[Named, dict[str, dict[str, list[int]]]]] = {}
+    sampled_by: dict[Named, str | None] = {}
     for row in drafted:
-        sampled_by[method_name(row)] = row.get("draft_sample_method")
+        named = Named.of(row)
+        sampled_by[named] = row.get("draft_sample_method")
         group = groups.setdefault((row["num_speculative_tokens"], row["temperature"], row["concurrency"]), {})
-        sets = group.setdefault(method_name(row), {})
+        sets = group.setdefault(named, {})
         sets[row["dataset"]] = row["conversations"]
         everything = sets.setdefault("all", {})
         everything |= {f"{row['dataset']}/{name}": counts for name, counts in row["conversations"].items()}
     lines = []
     for (k, temperature, _), methods in groups.items():
-        griffins = [name for name in methods if name.startswith("griffin")]
-        for ours, theirs in itertools.product(griffins, [name for name in methods if name not in griffins]):
+        griffins = [named for named in methods if named.is_griffin]
+        for ours, theirs in itertools.product(griffins, [named for named in methods if not named.is_griffin]):
             if sampled_by[theirs] not in (None, sampled_by[ours]):
                 continue
             for dataset in methods[ours].keys() & methods[theirs].keys():
                 ratio, (low, high) = ratio_interval(methods[ours][dataset], methods[theirs][dataset])
                 margin = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
-                lines.append([dataset, ours, theirs, str(k), f"{temperature:g}", margin])
+                lines.append([dataset, ours.shown, theirs.shown, str(k), f"{temperature:g}", margin])
     return [MARGINS, *sorted(lines)] if lines else []
 
 
 def speed_margins(source: Source) -> list[list[str]]:
     """GRIFFIN's decoding speed over every other speculator's and plain decoding's, each at its own best K and over
     all data sets, as table cells; empty where the record has no best K."""
-    groups: dict[tuple[float, int], dict[str, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[float, int], dict[Named, dict[str, dict[str, Any]]]] = {}
     for row in source.results:
         # a second `none` has an interval, the one that all are compared with has not
         plain = row["method"] == "none" and "speedup_ci" not in row
         if (plain or row.get("best_k")) and "samples" in row:
-            name = "none" if plain else f"{method_name(row)} K={row['num_speculative_tokens']}"
             group = groups.setdefault((row["temperature"], row["concurrency"]), {})
-            group.setdefault(name, []).append(row)
+            group.setdefault(Named.of(row), {})[row["dataset"]] = row
     lines = []
     for (temperature, concurrency), methods in groups.items():
-        griffins = [name for name in methods if name.startswith("griffin")]
-        for ours, theirs in itertools.product(griffins, [name for name in methods if name not in griffins]):
-            if compared := speedup(pooled_samples(methods[ours]), pooled_samples(methods[theirs])):
+        griffins = [named for named in methods if named.is_griffin]
+        for ours, theirs in itertools.product(griffins, [named for named in methods if not named.is_griffin]):
+            both = sorted(methods[ours].keys() & methods[theirs].keys())
+            sides = [[methods[named][dataset] for dataset in both] for named in (ours, theirs)]
+            if both and (compared := speedup(pooled_samples(sides[0]), pooled_samples(sides[1]))):
                 ratio, (low, high) = compared
+                names = [
+                    named.shown
+                    if named.shown == "none"
+                    else f"{named.shown} K={side[0]['num_speculative_tokens']}"
+                    for named, side in zip((ours, theirs), sides, strict=True)
+                ]
                 margin = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
-                lines.append([ours, theirs, f"{temperature:g}", str(concurrency), margin])
+                lines.append([*names, f"{temperature:g}", str(concurrency), margin])
     return [SPEED_MARGINS, *lines] if lines else []
 
 
+class Named(NamedTuple):
+    """What tells the methods of one record apart: the head as the record names it, and what the tables show."""
+
+    head: str | None
+    shown: str
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Named:
+        return cls(row.get("head"), method_name(row))
+
+    @property
+    def is_griffin(self) -> bool:
+        return self.shown.startswith("griffin")
+
+
 def pooled_samples(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``samples`` of one run's rows, a data set each, as those of one."""
-    sides = [row["samples"] for row in sorted(rows, key=lambda row: row["dataset"])]
+    """The ``samples`` of one run's rows, a data set each and in one order for all runs, as those of one."""
+    sides = [row["samples"] for row in rows]
     repeats = sorted(set.intersection(*(set(side["repeats"]) for side in sides)))
 
     def side_by_side(field: str) -> list[list[float]]:
@@ -316,10 +340,10 @@ def overview(source: Source) -> str:
 
 
 def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
-    acceptance = [row for source in sources if source.kind == "acceptance" for row in source.results]
+    acceptance = [row for source in sources if source.kind == "acceptance" for row in _rows(source, sources)]
     drafted = [row for row in acceptance if row.get("position_acceptance")]
     compared = [
-        [row for row in source.results if "speedup" in row and row["method"] != "none"]
+        [row for row in _rows(source, sources) if "speedup" in row and row["method"] != "none"]
         for source in sources
         if source.kind == "speed"
     ]
@@ -335,6 +359,13 @@ def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figu
     if training:
         drawn["training"] = _training(training)
     return drawn
+
+
+def _rows(source: Source, sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The rows of ``source``, with its name where another record is drawn into the same plot: its conditions may be
+    others, and no line joins two records."""
+    several = sum(one.kind == source.kind for one in sources) > 1
+    return [{**row, "record": source.name} if several else row for row in source.results]
 
 
 def _panels(
@@ -364,7 +395,8 @@ def _name_lines(figure: Figure, panels: dict[str, Any]) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}"
+    record = f", {row['record']}" if "record" in row else ""
+    return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}{record}"
 
 
 def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:

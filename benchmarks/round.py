@@ -73,19 +73,21 @@ PHASES = (
 
 
 class Round(NamedTuple):
-    """Seconds of a round and of its phases, and the tokens that each request got."""
+    """Seconds of a round and of its phases, the tokens that each request got, and the draft steps behind the first:
+    where chains stop early or are looked up, fewer than K - 1."""
 
     seconds: float
     phases: dict[str, float]
     tokens: list[int]
+    later_drafts: int
 
 
 class Stopwatch:
-    """Seconds of each phase since the outermost timed function was last entered."""
+    """Seconds and calls of each phase since the outermost timed function was last entered."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         # of the functions that are running, the seconds of the timed ones inside them
         self._inside: list[float] = []
 
@@ -96,9 +98,9 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self._inside:
                 self.seconds.clear()
-                self._calls.clear()
-            name = later if later and self._calls[phase] else phase
-            self._calls[name] += 1
+                self.calls.clear()
+            name = later if later and self.calls[phase] else phase
+            self.calls[name] += 1
             self._inside.append(0.0)
             start = time.perf_counter()
             try:
@@ -143,7 +145,7 @@ def measure(
     list(decode(llm.llm_engine, islice(cycle(prompts), batch), WARM_UP_TOKENS))
     for first in range(0, len(prompts), batch):
         for seconds, counts in decode(llm.llm_engine, islice(cycle(prompts), first, first + batch), tokens):
-            yield Round(seconds, dict(stopwatch.seconds), counts)
+            yield Round(seconds, dict(stopwatch.seconds), counts, stopwatch.calls["later drafts: head"])
 
 
 def middle_half(rounds: Sequence[Round]) -> Sequence[Round]:
@@ -152,16 +154,17 @@ def middle_half(rounds: Sequence[Round]) -> Sequence[Round]:
     return ordered[quarter : len(ordered) - quarter]
 
 
-def summarise(rounds: Sequence[Round], k: int) -> dict[str, Any]:
+def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
     """The measured fields of a result row."""
     middle = middle_half(rounds)
     phases = {phase: 1000 * fmean(one.phases.get(phase, 0.0) for one in middle) for phase in PHASES}
     later = phases["later drafts: head"] + phases["later drafts: lm_head"]
+    steps = fmean(one.later_drafts for one in middle)
     return {
         "rounds": len(rounds),
         "acceptance_length": fmean(count for one in rounds for count in one.tokens),
         "round_ms": 1000 * fmean(one.seconds for one in middle),
-        "draft_step_ms": later / (k - 1) if k > 1 else None,
+        "draft_step_ms": later / steps if steps else None,
         "phases_ms": phases,
     }
 
@@ -217,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 {
                     **planned[number].fields(),
                     "concurrency": batch,
-                    **summarise(rounds, planned[number].num_speculative_tokens),
+                    **summarise(rounds),
                 }
                 for (number, batch), rounds in sorted(measured.items())
             ]

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records, served
 from benchmarks.engines import Answer
 from benchmarks.intervals import DRAWS, paired_ratio
-from benchmarks.methods import Method, Run, runs, sampling
+from benchmarks.methods import Method, Run, head_digest, runs, sampling
 from benchmarks.prompts import Conversation, PromptSet
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
@@ -153,18 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="TUNING.json",
-        help="records of this script on other prompts: also run each method at the K that was fastest there (in the "
-        "last of them that has it)",
+        help="records of this script on other prompts: also run each method at the K that was fastest there",
     )
     parser.add_argument("--served", action="store_true", help="measure with `vllm bench serve`")
     args = parser.parse_args(argv)
     methods, sets = records.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
-    best: dict[Method, int] = {}
     for tuning in args.best_k_from:
-        check_tuning_record(tuning, record.settings)
-        best |= best_ks(tuning)
+        check_tuning_record(tuning, record.settings, methods)
+    best = best_ks(args.best_k_from) if args.best_k_from else {}
     planned = _plan(methods, args.num_speculative_tokens, best, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = records.engine_arguments(args)
@@ -196,15 +194,21 @@ def _in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
         yield repeat, (place + repeat) % planned
 
 
-def check_tuning_record(tuning: Path, settings: dict[str, Any]) -> None:
+def check_tuning_record(tuning: Path, settings: dict[str, Any], methods: Sequence[Method]) -> None:
     """Check that what was fastest in a tuning record says something about the record with ``settings``.
 
     Raises:
-        GriffinError: it was made on another machine or vLLM, or on prompts that are measured now.
+        GriffinError: it was made on another machine or vLLM, of another target, precision or weights of a head, or
+            on prompts that are measured now.
     """
     theirs = read_json(tuning).get("settings", {})
-    for group, name in (("machine", "cpu"), ("machine", "cores"), ("versions", "vllm")):
-        found, expected = theirs.get(group, {}).get(name), settings[group].get(name)
+    asked = [("machine", "cpu"), ("machine", "cores"), ("versions", "vllm")]
+    asked += [("arguments", "target"), ("arguments", "dtype")]
+    heads = {records.shown(one.head): head_digest(one) for one in methods if one.head}
+    ours = {**settings, "heads": heads}
+    asked += [("heads", name) for name in heads if name in theirs.get("heads", {})]
+    for group, name in asked:
+        found, expected = theirs.get(group, {}).get(name), ours[group].get(name)
         if found != expected:
             raise GriffinError.at(tuning, f"settings.{group}.{name}", found, f"{expected!r}, as here")
     if "first_turns" not in theirs:
@@ -218,15 +222,15 @@ def check_tuning_record(tuning: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def best_ks(tuning: Path) -> dict[Method, int]:
-    """Each method's fastest number of draft tokens in a tuning record, over data sets and loads."""
+def best_ks(tunings: Sequence[Path]) -> dict[Method, int]:
+    """Each method's fastest number of draft tokens in tuning records, over data sets and loads."""
     speedups: dict[Method, dict[int, list[float]]] = {}
-    for row in read_json(tuning)["results"]:
+    for row in (row for tuning in tunings for row in read_json(tuning)["results"]):
         if row["method"] != "none" and "speedup" in row and "schedule" not in row:
             by_k = speedups.setdefault(Method(row["method"], row["head"]), {})
             by_k.setdefault(row["num_speculative_tokens"], []).append(row["speedup"])
     if not speedups:
-        raise GriffinError(f"{tuning}: has no speedups to choose the best K by")
+        raise GriffinError(f"{', '.join(map(str, tunings))}: has no speedups to choose the best K by")
     return {method: max(by_k, key=lambda k: geometric_mean(by_k[k])) for method, by_k in speedups.items()}
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.methods import method_name, parse_methods, runs
+from benchmarks import records
+from benchmarks.methods import method_name, parse_methods, runs, sampling
 from benchmarks.prompts import read_prompts
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
@@ -52,6 +54,9 @@ def test_forms_of_prompt_files(tmp_path: Path, form: str, array: bool) -> None:
         ('{"prompt": "a"}\n{"prompt": 3}', "record 2"),
         ('{"prompt": "a"}\n{"prompt', "line 2: is not JSON"),
         ("", "holds no prompts"),
+        ('{"turns": "What is this?"}', "record 1"),
+        ('{"turns": null}', "record 1"),
+        ('{"conversations": ["a"]}', "record 1"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -67,6 +72,27 @@ def test_a_bad_prompt_file_is_refused_in_one_line(tmp_path: Path, text: str, mes
 def test_a_bad_method_is_refused_before_any_engine_starts(text: str) -> None:
     with pytest.raises(GriffinError):
         parse_methods(f"none,{text}")
+
+
+def test_a_line_of_json_may_hold_any_character_and_a_binary_file_none(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_prompts(str(path)).conversations[0].turns == ("a\u2028b",)
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}'))
+    with pytest.raises(GriffinError, match="is no text file"):
+        read_prompts(str(path))
+
+
+def test_nothing_that_is_asked_for_is_left_out_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(GriffinError, match="a number, too, for ngram"):
+        runs(parse_methods("none,ngram"), ["tuned"], "float32")
+    [eagle] = sampling(runs(parse_methods("eagle:org/head"), [3], "float32"), ["probabilistic"], [0.0])
+    assert eagle.draft_sample_method == "greedy"
+    parser = records.parser(None)
+    records.add_draft_sample_method(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--draft-sample-method", "probabilistc"])
+    assert "--draft-sample-method" in capsys.readouterr().err
 
 
 def test_methods_become_vllm_configs(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
         for method, kinds in samplers.items()
         for sampler in kinds
     ]
-    header, *lines = report.margins(report.Source({"benchmark": "acceptance"}, rows))
+    header, *lines = report.margins(report.Source({"benchmark": "acceptance"}, rows, "acceptance"))
     assert header[1:3] == ["method", "against"]
     assert sorted(line[1:3] for line in lines if line[0] == "all") == [
         ["griffin", "eagle"],
@@ -172,13 +172,44 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
         measured("eagle", "y", 1.5, best_k=True),
         measured("none", "y", 2.0, speedup=1.0),
     ]
-    header, *lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows))
-    assert header[:2] == ["method", "against"]
-    assert lines == [
+    expected = [
         ["griffin (small) K=5", "none", "0", "1", "2.00 [2.00, 2.00]"],
         ["griffin (small) K=5", "eagle (small) K=5", "0", "1", "1.50 [1.50, 1.50]"],
     ]
-    assert report.speed_margins(report.Source({"benchmark": "speed"}, rows[:2])) == []
+    header, *lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows, "speed"))
+    assert header[:2] == ["method", "against"]
+    assert lines == expected
+    # what failed on a data set is compared on the others, and a head of one folder name is another head
+    more = [
+        measured("eagle", "z", 9.0, best_k=True),
+        measured("griffin", "x", 4.0, best_k=True, head="others/small"),
+    ]
+    lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows + more, "speed"))[1:]
+    assert [line for line in lines if line in expected] == expected
+    assert ["griffin (small) K=5", "none", "0", "1", "1.00 [1.00, 1.00]"] in lines
+    assert report.speed_margins(report.Source({"benchmark": "speed"}, rows[:2], "speed")) == []
+
+
+def test_two_heads_of_one_folder_name_have_a_margin_each() -> None:
+    tau = {"num_speculative_tokens": 3, "temperature": 0.0, "concurrency": 1, "dataset": "data"}
+    rows = [
+        {"method": method, "head": head, **tau, "conversations": {"1": [tokens, 1]}}
+        for method, head, tokens in (("eagle", "e", 2), ("griffin", "a/small", 3), ("griffin", "b/small", 4))
+    ]
+    lines = report.margins(report.Source({"benchmark": "acceptance"}, rows, "acceptance"))[1:]
+    ratios = [line[-1].split()[0] for line in lines if line[0] == "all"]
+    assert ratios == ["1.500", "2.000"]
+
+
+def test_a_plot_joins_no_two_records(folder: Path) -> None:
+    speed = report.read_record(folder / "speed.json")
+    served = speed._replace(name="served")
+    for sources, ends in (([speed], {"T=0"}), ([speed, served], {", speed", ", served"})):
+        figure = report.plots(sources, [])["speedup-by-concurrency"]
+        labels = [str(line.get_label()) for line in figure.axes[0].get_lines()]
+        drafted = [label for label in labels if label.startswith("griffin")]
+        assert len(drafted) == len(ends)
+        assert all(any(label.endswith(end) for label in drafted) for end in ends)
 
 
 def test_lists_of_numbers_take_one_line_and_strings_stay_as_they_are() -> None:

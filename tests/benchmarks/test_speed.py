@@ -16,11 +16,12 @@ import pytest
 
 from benchmarks import engines, served, speed
 from benchmarks.engines import Answer
-from benchmarks.methods import Method, Run
+from benchmarks.methods import Method, Run, head_digest, parse_methods
 from benchmarks.prompts import Conversation
 from benchmarks.speed import Sample, speedup
 from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
+from tests.serving import tiny
 
 
 def simulated(random: np.random.Generator, factor: float = 1.0, repeats: int = 3) -> dict[str, Any]:
@@ -178,15 +179,36 @@ def test_a_row_at_the_best_k_of_a_tuning_record_stands_beside_the_fixed_one(tmp_
             speed.main(models.arguments(tmp_path, "none,ngram", *more))
 
 
-@pytest.mark.parametrize("field", ["machine.cpu", "machine.cores", "versions.vllm", "first_turns"])
-def test_a_tuning_record_of_another_machine_or_vllm_or_without_its_prompts_is_refused(
+@pytest.mark.parametrize(
+    "field",
+    [
+        "machine.cpu",
+        "machine.cores",
+        "versions.vllm",
+        "arguments.target",
+        "arguments.dtype",
+        "heads.head",
+        "first_turns",
+    ],
+)
+def test_a_tuning_record_of_other_conditions_or_without_its_prompts_is_refused(
     tmp_path: Path, field: str
 ) -> None:
-    ours = {"machine": {"cpu": "a", "cores": 2}, "versions": {"vllm": "1"}, "first_turns": {"data": ["x"]}}
-    theirs = {**json.loads(json.dumps(ours)), "first_turns": {"other": ["y"]}}
+    methods = parse_methods(f"none,griffin:{tiny.write_head(tmp_path / 'head')}")
+    ours = {
+        "machine": {"cpu": "a", "cores": 2},
+        "versions": {"vllm": "1"},
+        "arguments": {"target": "t", "dtype": "float32"},
+        "first_turns": {"data": ["x"]},
+    }
+    theirs = {
+        **json.loads(json.dumps(ours)),
+        "heads": {"head": head_digest(methods[1])},
+        "first_turns": {"other": ["y"]},
+    }
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps({"settings": theirs}))
-    speed.check_tuning_record(path, ours)
+    speed.check_tuning_record(path, ours, methods)
     group, _, name = field.partition(".")
     if name:
         theirs[group][name] = "another"
@@ -194,7 +216,7 @@ def test_a_tuning_record_of_another_machine_or_vllm_or_without_its_prompts_is_re
         del theirs[group]
     path.write_text(json.dumps({"settings": theirs}))
     with pytest.raises(GriffinError, match=f"settings.{field} is"):
-        speed.check_tuning_record(path, ours)
+        speed.check_tuning_record(path, ours, methods)
 
 
 def test_served_methods_take_turns_and_the_median_counts_with_the_clients_command_replaced(
@@ -233,12 +255,14 @@ def test_served_methods_take_turns_and_the_median_counts_with_the_clients_comman
     assert ngram["speedup"] == pytest.approx(1.5)
 
 
-def test_the_best_number_of_draft_tokens_comes_from_the_tuning_record(tmp_path: Path) -> None:
+def test_the_best_number_of_draft_tokens_comes_from_all_tuning_records(tmp_path: Path) -> None:
     rows = [
         {"method": "griffin", "head": "h", "num_speculative_tokens": k, "dataset": data, "speedup": speedup}
         for data, by_k in {"a": {3: 1.2, 5: 1.6}, "b": {3: 1.5, 5: 1.0}}.items()
         for k, speedup in by_k.items()
     ]
-    path = tmp_path / "tuning.json"
-    path.write_text(json.dumps({"settings": {}, "results": rows}))
-    assert speed.best_ks(path) == {Method("griffin", "h"): 3}
+    paths = [tmp_path / "shallow.json", tmp_path / "deep.json"]
+    deep = [row | {"num_speculative_tokens": 8, "speedup": 1.2} for row in rows]
+    for path, some in zip(paths, (rows, deep), strict=True):
+        path.write_text(json.dumps({"settings": {}, "results": some}))
+    assert speed.best_ks(paths) == {Method("griffin", "h"): 3}

@@ -1,0 +1,62 @@
+"""A record belongs to one set of conditions, and a run that cannot be part of it ends before an engine starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from benchmarks import engines, records
+from benchmarks.methods import parse_methods, runs
+from benchmarks.prompts import Conversation, read_prompts
+from griffin_vllm.errors import GriffinError
+from tests.serving import tiny
+from tests.training.chat_targets import CHATML, byte_level
+
+
+def arguments(folder: Path, methods: str) -> list[str]:
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}')
+    record = str(folder / "out.json")
+    return ["--target", "t", "--methods", methods, "--prompts", str(prompts), "--json", record]
+
+
+def test_two_heads_that_a_record_would_show_by_one_name_are_refused(tmp_path: Path) -> None:
+    heads = [tiny.write_head(tmp_path / run / "head") for run in ("a", "b")]
+    methods = ",".join(f"griffin:{head}" for head in heads)
+    with pytest.raises(GriffinError, match="by one name"):
+        records.load_inputs(records.parser(None).parse_args(arguments(tmp_path, methods)))
+
+
+def test_a_head_that_changed_is_no_part_of_the_record_and_of_no_resumed_one(tmp_path: Path) -> None:
+    head = tiny.write_head(tmp_path / "head")
+    args = records.parser(None).parse_args(arguments(tmp_path, f"griffin:{head}"))
+    planned = runs(parse_methods(args.methods), [3], "float32")
+    sets = [read_prompts(args.prompts[0])]
+    record = records.Record("speed", args, sets)
+    with record.attempt(planned[0]):
+        record.results.append({"row": 1})
+    weights = head / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(GriffinError, match=r"heads\.head is "), record.attempt(planned[0]):
+        raise AssertionError("an engine would start")
+    with pytest.raises(GriffinError, match=r"heads\.head is "):
+        records.Record("speed", args, sets).resume(planned)
+
+
+def test_a_failure_of_an_engine_is_recorded_and_the_next_one_gets_its_turn(tmp_path: Path) -> None:
+    args = records.parser(None).parse_args(arguments(tmp_path, "none,ngram"))
+    record = records.Record("speed", args, [read_prompts(args.prompts[0])])
+    for run in runs(parse_methods(args.methods), [3], "float32"):
+        with record.attempt(run):
+            raise RuntimeError("out of luck")
+    assert [failure["run"] for failure in record.failures] == ["none", "ngram K=3"]
+
+
+def test_conversations_that_do_not_fit_are_left_out_unless_none_fits() -> None:
+    tokenizer = byte_level(CHATML)
+    short, long = Conversation("short", ("a",)), Conversation("long", ("a" * 300,))
+    assert engines.fitting(tokenizer, [short, long], 50, 128) == [short]
+    with pytest.raises(GriffinError, match="none of 1 conversations fits --max-model-len 128"):
+        engines.fitting(tokenizer, [long], 50, 128)
