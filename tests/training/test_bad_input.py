@@ -119,10 +119,10 @@ PREPARE: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Path("target/chat_template.jinja").unlink(),
         "target: its tokenizer has no chat template",
     ),
-    "output that is a file": (lambda: write("out", "mine"), "--out is 'out', expected a new folder or"),
+    "output that is a file": (lambda: write("out", "mine"), "--out is 'out', expected a new folder, or one"),
     "output of something else": (
         lambda: write("out/notes", "mine"),
-        "--out is 'out', expected a new folder or a token dataset to replace",
+        "--out is 'out', expected a new folder, or one with nothing but a token dataset",
     ),
 }
 
