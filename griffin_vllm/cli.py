@@ -263,9 +263,10 @@ def convert_head(
     --target models/smollm2-135m-instruct
     """
     from griffin_vllm.checkpoint import PREFIX, find_head, open_head
-    from griffin_vllm.convert import convert
+    from griffin_vllm.convert import check_destination, convert
 
     folder = find_head(source.removeprefix(PREFIX))
+    check_destination(destination)
     vocabulary = None
     if (draft_vocab is None) != (corpus is None):
         raise GriffinError("griffin convert: --draft-vocab and --corpus go together, one of them is missing")

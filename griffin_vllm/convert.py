@@ -46,14 +46,7 @@ def convert(
             ``destination`` holds something else than a head.
     """
     head = open_head(source)
-    beside = [path.name for path in destination.iterdir()] if destination.is_dir() else []
-    if (destination.exists() and not destination.is_dir()) or not {*beside} <= _REPLACED:
-        raise GriffinError.at(
-            "griffin convert",
-            "DST",
-            str(destination),
-            "a new folder, or one with nothing but a head to replace",
-        )
+    check_destination(destination)
     named = target or head.config.target
     target_config = _config_here(named) if named else {}
     text = target_config.get("text_config", target_config)
@@ -74,6 +67,14 @@ def convert(
         tensors |= draft_vocabulary_tensors(draft_vocabulary, head.config.vocab_size)
     save_head(destination, head.config.model_copy(update=changes).to_served(), tensors, dtype=None)
     return open_head(destination)
+
+
+def check_destination(folder: Path) -> None:
+    """Raise GriffinError unless ``folder`` is new, or holds a head and nothing else: then it may be replaced."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= _REPLACED):
+        raise GriffinError.at(
+            "griffin convert", "DST", str(folder), "a new folder, or one with nothing but a head to replace"
+        )
 
 
 def _config_here(target: str) -> dict[str, Any]:
