@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +265,11 @@ def save_head(
                 (staging / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
+    """Whether ``folder`` is new, or a folder with nothing in it but some of ``files`` (names)."""
+    return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= files)
 
 
 @contextmanager

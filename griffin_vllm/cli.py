@@ -19,16 +19,12 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except GriffinError as error:
-            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
-        except ModuleNotFoundError as error:
-            wanted = "vllm" if error.name == "vllm" else "'griffin-vllm[train]'"
-            typer.secho(
-                f"error: the package {error.name} is missing: pip install {wanted}",
-                fg=typer.colors.RED,
-                err=True,
-            )
+        except (GriffinError, ModuleNotFoundError) as error:
+            message = str(error)
+            if isinstance(error, ModuleNotFoundError):
+                wanted = "vllm" if error.name == "vllm" else "'griffin-vllm[train]'"
+                message = f"the package {error.name} is missing: pip install {wanted}"
+            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
 
 

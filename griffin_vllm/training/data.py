@@ -29,7 +29,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from griffin_vllm import __version__
-from griffin_vllm.checkpoint import atomic_folder
+from griffin_vllm.checkpoint import atomic_folder, may_be_replaced
 from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import ChatTarget, Sample, template_hash, tokenizer_hash
@@ -221,7 +221,7 @@ def prepare(
         raise GriffinError.at("griffin data prepare", "--validation", validation_share, "from 0 to below 1")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= _FILES):
+    if not may_be_replaced(out, _FILES):
         raise GriffinError.at(
             "griffin data prepare",
             "--out",

@@ -36,6 +36,8 @@ from griffin_vllm.training.conversations import (
 
 _RETRIED = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 _LONGEST_PAUSE = 30.0
+# Of every line that is written here.
+_BEGINNING = b'{"id": '
 # So many conversations given up in a row mean that the endpoints are gone, not that a prompt is odd.
 _FAILURES_TO_STOP = 8
 
@@ -238,8 +240,13 @@ class _Run:
             self.summary.skipped[reason.split(":")[0]] += 1
             _append(self.refused, {"id": prompt.id, "reason": reason})
             return
-        record = {"id": prompt.id, "family": prompt.family, "conversations": answered}
-        _append(self.file, record | {"temperature": temperature})
+        record = {
+            "id": prompt.id,
+            "family": prompt.family,
+            "conversations": answered,
+            "temperature": temperature,
+        }
+        _append(self.file, record)
         self.summary.written += 1
 
     def _failed(self, error: Exception) -> None:
@@ -345,10 +352,6 @@ class _appending:  # noqa: N801 - a context manager
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
         return ids
-
-
-# Of every record that is written here.
-_BEGINNING = b'{"id": '
 
 
 def _append(file: IO[bytes], record: dict[str, Any]) -> None:
