@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from griffin_vllm.checkpoint import find_head, open_head
-from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
@@ -138,7 +138,7 @@ def main(
                 runs[key] for key in sorted(runs, key=lambda key: (list(VARIANTS).index(key[0]), key[1]))
             ]
             record = {"settings": settings, "runs": ordered}
-            records.write_atomically(json_path, json.dumps(record, indent=1) + "\n")
+            write_whole(json_path, json.dumps(record, indent=1) + "\n")
     Console().print(table(ordered))
 
 
@@ -151,10 +151,7 @@ def recorded(path: Path, settings: dict[str, Any]) -> dict[tuple[str, int], dict
     if not path.is_file():
         return {}
     record = read_json(path)
-    before = record.get("settings", {})
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another --json")
+    check_same(path, record.get("settings", {}), settings, "name another --json")
     return {(one["variant"], one["seed"]): one for one in record["runs"]}
 
 
@@ -222,10 +219,5 @@ def table(runs: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def command(_: Sequence[str] | None) -> int:
-    typer.run(main)
-    return 0
-
-
 if __name__ == "__main__":
-    records.execute(command)
+    records.execute(lambda _: typer.run(main))

@@ -48,9 +48,9 @@ from benchmarks.prompts import PromptSet
 from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import distinct_share
+from griffin_vllm.training.data import LOOP_THRESHOLD
 
-LOOPS_BELOW = 0.6
-REPETITION = ((LOOPS_BELOW, "loops"), (0.9, "repeats"), (2.0, "varied"))
+REPETITION = ((LOOP_THRESHOLD, "loops"), (0.9, "repeats"), (2.0, "varied"))
 CONTEXT_EDGES = (128, 256, 512, 1024, 2048, 4096)
 COLUMNS = (
     "dataset",
@@ -148,7 +148,7 @@ def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
     return {
         "acceptance_length": acceptance_length(scored),
         "acceptance_length_loop_free": acceptance_length(
-            one for one in scored if one.distinct_4grams >= LOOPS_BELOW
+            one for one in scored if one.distinct_4grams >= LOOP_THRESHOLD
         ),
         "position_acceptance": position_acceptance(scored, k),
         "acceptance_length_by_turn": _grouped(scored, lambda one: one.turn + 1),

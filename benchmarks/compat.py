@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.vllm_source import missing
-from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "compat.json"
@@ -62,6 +62,7 @@ COLUMNS = {
         f"{VOCABULARY}::test_drafts_are_those_of_the_whole_vocabularys_logits_where_only_the_part_counts",
     ],
     "drafting depth": ["tests/serving/test_draft_depth.py"],
+    "prompt lookup": ["tests/serving/test_lookup.py"],
     "tune": ["tests/serving/test_tune.py"],
     "LoRA": ["tests/test_families.py::test_target_with_a_lora_adapter_has_the_plain_answers_of_that_adapter"],
     "CPU sampler": [
@@ -123,7 +124,7 @@ def keep(kind: str, version: str, row: dict[str, Any]) -> None:
     record = read_json(RECORD) if RECORD.exists() else {"run": {}, "read": {}}
     record[kind][version] = {"date": datetime.date.today().isoformat(), **row}
     record[kind] = dict(sorted(record[kind].items()))
-    records.write_atomically(RECORD, json.dumps(record, indent=1) + "\n")
+    write_whole(RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def build_wheel(folder: Path) -> Path:

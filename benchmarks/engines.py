@@ -6,7 +6,6 @@ tokens a request got, and when. vLLM's own counters of speculation are not neede
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import time
@@ -85,8 +84,6 @@ def start(run: Run, **arguments: Any) -> Iterator[LLM]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 
@@ -196,7 +193,7 @@ def answer(
             submit(waiting.popleft())
         for output in engine.step():
             now = time.perf_counter()
-            number = output.request_id.split("-")[0]
+            number = output.request_id
             conversation, found, submitted = running[number]
             new = output.outputs[0]
             if new.token_ids:

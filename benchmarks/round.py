@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, records
-from benchmarks.methods import method_name, runs
+from benchmarks.methods import in_turn, method_name, runs
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune import decode
 
@@ -201,29 +201,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.settings["threads"] = torch.get_num_threads()
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
     measured: dict[tuple[int, int], list[Round]] = {}
-    for repeat in range(args.repeats):
-        for place in range(len(planned)):
-            number = (place + repeat) % len(planned)
-            run = planned[number]
-            with record.attempt(run), engines.start(run, **records.engine_arguments(args)) as llm:
-                record.note_engine(run, engines.resolved_settings(llm))
-                prompts = [
-                    engines.render_turns(llm.get_tokenizer(), conversation.turns[:1], [])
-                    for one in sets
-                    for conversation in one.conversations
-                ]
-                stopwatch = watch(llm)
-                for batch in args.concurrency:
-                    rounds = measure(llm, stopwatch, prompts, batch, args.max_tokens)
-                    measured.setdefault((number, batch), []).extend(rounds)
-            record.results = [
-                {
-                    **planned[number].fields(),
-                    "concurrency": batch,
-                    **summarise(rounds),
-                }
-                for (number, batch), rounds in sorted(measured.items())
+    for _, number in in_turn(args.repeats, len(planned)):
+        run = planned[number]
+        with record.attempt(run), engines.start(run, **records.engine_arguments(args)) as llm:
+            record.note_engine(run, engines.resolved_settings(llm))
+            prompts = [
+                engines.render_turns(llm.get_tokenizer(), conversation.turns[:1], [])
+                for one in sets
+                for conversation in one.conversations
             ]
+            stopwatch = watch(llm)
+            for batch in args.concurrency:
+                rounds = measure(llm, stopwatch, prompts, batch, args.max_tokens)
+                measured.setdefault((number, batch), []).extend(rounds)
+        record.results = [
+            {
+                **planned[number].fields(),
+                "concurrency": batch,
+                **summarise(rounds),
+            }
+            for (number, batch), rounds in sorted(measured.items())
+        ]
     status = record.finish(COLUMNS)
     print(records.pipes(table(record.results)))
     return status

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, records, served
 from benchmarks.engines import Answer
-from benchmarks.losslessness import NEAR_TIE, Verdict, judge
+from benchmarks.losslessness import NEAR_TIE, Verdict, judge, summarised
 from benchmarks.memory import ProcessTree
 from benchmarks.methods import Method, Run, runs
 from benchmarks.prompts import Conversation, PromptSet
@@ -168,8 +168,6 @@ def questions(
             before, kind = (), "short"
         user = {"role": "user", "content": conversation.turns[0]}
         asked.append(Question(conversation.id, kind, (*before, user)))
-    if not asked:
-        raise GriffinError(f"--prompts: none fits {max_model_len} tokens with an answer of {max_tokens}")
     return asked
 
 
@@ -526,13 +524,14 @@ def _measured(traffic: Traffic, expected: dict[str, Answer], tokenizer: Any, arg
     outcomes = Counter(reply.outcome for reply in traffic.replies)
     greedy = [reply for reply in traffic.replies if reply.demand.temperature == 0 and reply.outcome != "lost"]
     verdicts = [
-        (reply, compare(reply, expected[reply.demand.question.id], tokenizer, NEAR_TIE[args.dtype]))
+        (
+            {"question": reply.demand.question.id, "outcome": reply.outcome},
+            compare(reply, expected[reply.demand.question.id], tokenizer, NEAR_TIE[args.dtype]),
+        )
         for reply in greedy
         # cut off before its first token, or sent as a whole
         if reply.outcome == "finished" or reply.tokens
     ]
-    kinds = Counter(verdict.kind for _, verdict in verdicts)
-    margins = [verdict.margin for _, verdict in verdicts if verdict.kind == "near_tie"]
     lengths = acceptance_lengths(
         traffic.replies_between(0, traffic.window),
         traffic.replies_between(traffic.seconds - traffic.window, traffic.seconds),
@@ -551,9 +550,7 @@ def _measured(traffic: Traffic, expected: dict[str, Answer], tokenizer: Any, arg
         "by_kind": dict(Counter(reply.demand.question.kind for reply in finished)),
         "by_temperature": dict(Counter(f"{reply.demand.temperature:g}" for reply in finished)),
         "output_tokens": sum(len(reply.tokens) for reply in traffic.replies),
-        "num_answers": len(verdicts),
-        **{kind: kinds[kind] for kind in ("identical", "near_tie", "wrong")},
-        "largest_near_tie": max((margin for margin in margins if margin is not None), default=None),
+        **summarised(verdicts),
         "broken_terms": sum(breaks_its_terms(reply) for reply in finished),
         "acceptance_length_first": lengths and lengths[0],
         "acceptance_length_last": lengths and lengths[1],
@@ -561,11 +558,6 @@ def _measured(traffic: Traffic, expected: dict[str, Answer], tokenizer: Any, arg
         "memory_samples": {
             f"{history.name} {pid}": history.samples for pid, history in traffic.processes.histories.items()
         },
-        "differences": [
-            {"question": reply.demand.question.id, "outcome": reply.outcome, **verdict._asdict()}
-            for reply, verdict in verdicts
-            if verdict.kind != "identical"
-        ],
         "errors": dict(Counter(reply.error for reply in traffic.replies if reply.error).most_common(5)),
     }
 

@@ -44,10 +44,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records, served
 from benchmarks.engines import Answer
 from benchmarks.intervals import DRAWS, paired_ratio
-from benchmarks.methods import Method, Run, head_digest, runs, sampling
+from benchmarks.methods import Method, Run, head_digest, in_turn, runs, sampling
 from benchmarks.prompts import Conversation, PromptSet
-from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main_served(args, sets, record, planned, arguments | {"enable_prefix_caching": False})
 
     samples: dict[Cell, dict[int, Sample]] = {}
-    for repeat, engine in _in_turn(args.repeats, len(planned)):
+    for repeat, engine in in_turn(args.repeats, len(planned)):
         run = planned[engine]
         with record.attempt(run), engines.start(run, **arguments) as llm:
             record.note_engine(run, engines.resolved_settings(llm))
@@ -186,12 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 share = host_overhead_share(llm, conversations, args.max_tokens)
                 record.settings["host_overhead_share"] = share
     return record.finish(COLUMNS)
-
-
-def _in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
-    """Repeat and number of the engine, in an order that rotates."""
-    for repeat, place in product(range(repeats), range(planned)):
-        yield repeat, (place + repeat) % planned
 
 
 def check_tuning_record(tuning: Path, settings: dict[str, Any], methods: Sequence[Method]) -> None:
@@ -338,7 +332,7 @@ def _main_served(
 ) -> int:
     record.settings["client"] = "vllm bench serve"
     measured: dict[Cell, list[dict[str, Any]]] = {}
-    for _, engine in _in_turn(args.repeats, len(planned)):
+    for _, engine in in_turn(args.repeats, len(planned)):
         run = planned[engine]
         with record.attempt(run), served.server(run, arguments) as server:
             record.note_engine(run, served.asked(arguments))

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records, served
-from benchmarks.methods import Run, runs
+from benchmarks.methods import Run, in_turn, runs
 
 COLUMNS = ("method", "head", "num_speculative_tokens", "startup_seconds", "beyond_first", "starts")
 
@@ -35,16 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
     arguments = records.engine_arguments(args)
     starts: list[dict[int, float]] = [{} for _ in planned]
-    for repeat in range(args.repeats + 1):
-        for place in range(len(planned)):
-            number = (place + repeat) % len(planned)
-            with record.attempt(planned[number]):
-                began = time.monotonic()
-                with served.server(planned[number], arguments):
-                    if repeat:
-                        starts[number][repeat] = time.monotonic() - began
-                    record.note_engine(planned[number], served.asked(arguments))
-            record.results = rows(planned, starts)
+    for repeat, number in in_turn(args.repeats + 1, len(planned)):
+        with record.attempt(planned[number]):
+            began = time.monotonic()
+            with served.server(planned[number], arguments):
+                if repeat:
+                    starts[number][repeat] = time.monotonic() - began
+                record.note_engine(planned[number], served.asked(arguments))
+        record.results = rows(planned, starts)
     return record.finish(COLUMNS)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from benchmarks import records
 from benchmarks.engines import Answer
 from benchmarks.prompts import PromptSet
+from griffin_vllm.files import write_whole
 
 
 class Trajectory:
@@ -43,7 +44,7 @@ class Trajectory:
             "key": self.key,
             "answers": {name: [asdict(one) for one in found] for name, found in self.answers.items()},
         }
-        records.write_atomically(self.path, json.dumps(whole) + "\n")
+        write_whole(self.path, json.dumps(whole) + "\n")
 
     def history(self, dataset: str) -> dict[str, list[list[int]]]:
         """Token ids of the answers, turn by turn, by conversation."""

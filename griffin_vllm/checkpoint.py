@@ -5,12 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from griffin_vllm.config import METHOD, HeadConfig, HeadName, read_json
+from griffin_vllm.config import METHOD, HeadConfig, HeadName
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder, read_json
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
@@ -106,11 +104,13 @@ def bundled_heads() -> list[str]:
 
 
 def find_head(name: str) -> Path:
-    """Folder of the head called ``name``: bundled name, folder, or Hub id ``org/name[@revision]``.
+    """Folder of the head called ``name``: bundled name, folder, or Hub id ``org/name[@revision]``, with or without
+    ``griffin:`` before it.
 
     Raises:
         GriffinError: nothing of that name, or the Hub cannot be reached.
     """
+    name = name.removeprefix(PREFIX)
     if not name.strip():
         raise GriffinError(
             f"no head named after {PREFIX!r}: give a bundled name "
@@ -265,31 +265,6 @@ def save_head(
                 (staging / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
-
-
-def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
-    """Whether ``folder`` is new, or a folder with nothing in it but some of ``files`` (names)."""
-    return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= files)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A staging folder beside ``folder`` that takes its place when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, old / folder.name)
-            os.replace(staging, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:

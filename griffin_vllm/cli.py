@@ -255,13 +255,13 @@ def convert_head(
     With --draft-vocab its draft steps get cheaper, and tokens outside of the draft vocabulary are never drafted.
     Answers do not change.
 
-    Example: griffin convert griffin:smollm2-135m-instruct DIR --draft-vocab 16384 --corpus answers.jsonl
+    Example: griffin convert runs/head/head heads/8k --draft-vocab 8192 --corpus answers.jsonl
     --target models/smollm2-135m-instruct
     """
-    from griffin_vllm.checkpoint import PREFIX, find_head, open_head
+    from griffin_vllm.checkpoint import find_head, open_head
     from griffin_vllm.convert import check_destination, convert
 
-    folder = find_head(source.removeprefix(PREFIX))
+    folder = find_head(source)
     check_destination(destination)
     vocabulary = None
     if (draft_vocab is None) != (corpus is None):
@@ -289,10 +289,10 @@ def inspect_head(
     """Print what a head is and, with --target, whether it fits (exit status 1 if it does not)."""
     import json
 
-    from griffin_vllm.checkpoint import PREFIX, find_head, open_head
+    from griffin_vllm.checkpoint import find_head, open_head
     from griffin_vllm.describe import describe, misfit
 
-    head = open_head(find_head(name.removeprefix(PREFIX)))
+    head = open_head(find_head(name))
     facts = describe(head)
     reason = misfit(head, target) if target else None
     if target:
@@ -324,15 +324,15 @@ def tune_head(
 ) -> None:
     """Measure how many tokens to draft on this machine, from one request at a time to many.
 
-    The result stands beside the head, and the plugin uses it for this head, machine and vLLM version when
-    no number of draft tokens is given. Run it on a machine that does nothing else, with the options of
+    The result stands beside the head, and the plugin uses it for this head, machine, vLLM version and precision
+    when no number of draft tokens is given. Run it on a machine that does nothing else, with the options of
     `vllm serve` that you serve with: what is not listed below goes to vLLM.
 
     Example: griffin tune models/smollm2-135m-instruct griffin:smollm2-135m-instruct --enforce-eager
     """
     from rich.console import Console
 
-    from griffin_vllm.checkpoint import PREFIX, find_head, open_head
+    from griffin_vllm.checkpoint import find_head, open_head
     from griffin_vllm.serving import tune as tuner
     from griffin_vllm.serving.tuning import TUNING_FILE, check_writable, write_tuning
 
@@ -343,7 +343,7 @@ def tune_head(
     if not sizes or sizes[0] < 1:
         raise GriffinError.at("griffin tune", "--batch-sizes", batch_sizes, "whole numbers like 1,2,4")
     asked = tuner.read_prompts(prompts) if prompts else tuner.PROMPTS
-    head = open_head(find_head(name.removeprefix(PREFIX)))
+    head = open_head(find_head(name))
     path = out or head.folder / TUNING_FILE
     check_writable(path)
     tuning = tuner.tune(

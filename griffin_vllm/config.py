@@ -7,13 +7,13 @@ by itself and that also names the target, the recommended K and the trained cont
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json
 
 METHOD = "griffin"
 ARCHITECTURE = "GriffinForCausalLM"
@@ -28,8 +28,6 @@ REFERENCE_MODEL_TYPES = ("llama", "qwen2")
 # - the logits of f or predict: the product with `lm_head` (tied or not; Gemma 2 has its embeddings only), then
 #   the soft cap of Gemma 2. Families that also scale their logits (Granite, Cohere) are left out.
 TARGET_FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")
-# A config.json is a few kilobytes; reading more than this is never needed to describe a head.
-MAX_CONFIG_BYTES = 1 << 20
 
 
 class HeadConfig(BaseModel):
@@ -262,28 +260,17 @@ def check_family(where: str | Path, family: str) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a small JSON object.
+def target_sizes(config: dict[str, Any], where: str | Path) -> tuple[str, int, int]:
+    """Model type, hidden size and vocabulary size of a target, from its ``config.json``.
 
     Raises:
-        GriffinError: missing, unreadable, too large, not JSON, or not an object.
+        GriffinError: one of them is missing; ``where`` names the target.
     """
+    text = config.get("text_config", config)
     try:
-        if not path.is_file():  # a device or a pipe could be read without end
-            raise GriffinError(f"{path}: is missing or not a regular file")
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise GriffinError.at(path, "size", size, f"at most {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, GriffinError):
-            raise
-        raise GriffinError(f"{path}: is not valid JSON ({GriffinError.reason(error)})") from error
-    if not isinstance(value, dict):
-        raise GriffinError.at(path, "top level", type(value).__name__, "a JSON object")
-    return value
+        return config["model_type"], text["hidden_size"], text["vocab_size"]
+    except KeyError as error:
+        raise GriffinError(f"{where}: its config.json has no {error}, so it is not a model") from error
 
 
 def _rope_theta(layer: dict[str, Any], path: Path) -> float:

@@ -16,15 +16,14 @@ from griffin_vllm.checkpoint import (
     EMBEDDINGS,
     SAFETENSORS_FILE,
     Head,
-    atomic_folder,
     draft_vocabulary_tensors,
     load_tensors,
-    may_be_replaced,
     open_head,
     save_head,
 )
-from griffin_vllm.config import read_json
+from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder, may_be_replaced, read_json
 
 _REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, "README.md"}
 
@@ -44,24 +43,18 @@ def convert(
 
     Raises:
         GriffinError: ``source`` is not a GRIFFIN head, or one for a target of another family or other sizes, or
-            ``destination`` holds something else than a head.
+            ``destination`` holds something else than a head, or cannot be written.
     """
     head = open_head(source)
     check_destination(destination)
     named = target or head.config.target
     target_config = _config_here(named) if named else {}
-    text = target_config.get("text_config", target_config)
-    for field, found, expected in (
-        ("target_model_type", head.config.target_model_type, target_config.get("model_type")),
-        ("hidden_size", head.config.hidden_size, text.get("hidden_size")),
-        ("vocab_size", head.config.vocab_size, text.get("vocab_size")),
-    ):
-        if None not in (found, expected) and found != expected:
-            raise GriffinError.at(source / CONFIG_FILE, field, found, f"{expected!r} (that of {named})")
+    if named and target_config:
+        head.config.check_target(source / CONFIG_FILE, *target_sizes(target_config, named))
     tensors = load_tensors(head.weights)
     tensors.pop(EMBEDDINGS, None)
     changes: dict[str, object] = {"target": target} if target else {}
-    if target and target_config.get("model_type"):
+    if target and target_config:
         changes["target_model_type"] = target_config["model_type"]
     if draft_vocabulary is not None:
         changes["draft_vocab_size"] = len(draft_vocabulary)
@@ -114,7 +107,7 @@ def cached_served_layout(head: Head, cache: Path) -> Path:
             (staging / SAFETENSORS_FILE).symlink_to(head.weights)
             (staging / CONFIG_FILE).write_text(served, encoding="utf-8")
     except OSError as error:
-        raise GriffinError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
     return folder
 
 

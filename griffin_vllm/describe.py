@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from griffin_vllm.checkpoint import CONFIG_FILE, DRAFT_TO_TARGET, TARGET_TO_DRAFT, Head, tensor_shapes
-from griffin_vllm.config import read_json
+from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json
 
 
 def describe(head: Head) -> dict[str, Any]:
@@ -34,14 +35,9 @@ def misfit(head: Head, target: str) -> str | None:
     Raises:
         GriffinError: there is no such target.
     """
-    config = _target_config(target)
-    text = config.get("text_config", config)
+    sizes = target_sizes(_target_config(target), target)
     try:
-        head.config.check_target(
-            head.folder / CONFIG_FILE, config["model_type"], text["hidden_size"], text["vocab_size"]
-        )
-    except KeyError as error:
-        raise GriffinError(f"{target}: its {CONFIG_FILE} has no {error}, so it is not a model") from error
+        head.config.check_target(head.folder / CONFIG_FILE, *sizes)
     except GriffinError as error:
         return str(error)
     return None

@@ -20,7 +20,6 @@ from griffin_vllm.checkpoint import (
     CONFIG_FILE,
     PICKLE_FILE,
     SAFETENSORS_FILE,
-    atomic_folder,
     check_values,
     draft_vocabulary,
     draft_vocabulary_tensors,
@@ -32,6 +31,7 @@ from griffin_vllm.checkpoint import (
 )
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder
 
 CONFIG = HeadConfig(
     hidden_size=32,
@@ -306,6 +306,25 @@ def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> 
 
     with pytest.raises(OSError, match="disk full"):
         fail_half_way()
+    assert (tmp_path / "head" / SAFETENSORS_FILE).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_head(tmp_path / "head", CONFIG.to_served(), random_tensors())
+    before = (tmp_path / "head" / SAFETENSORS_FILE).read_bytes()
+    replace = os.replace
+
+    def refuse_the_new_one(source: Path, destination: Path) -> None:
+        if destination == tmp_path / "head" and ".old." not in str(source):
+            raise OSError("no room")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", refuse_the_new_one)
+    with pytest.raises(GriffinError, match=r"head: cannot be written \(no room\)"):
+        save_head(tmp_path / "head", CONFIG.to_served(), random_tensors())
     assert (tmp_path / "head" / SAFETENSORS_FILE).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 

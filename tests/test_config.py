@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from griffin_vllm.config import MAX_CONFIG_BYTES, HeadConfig
+from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import MAX_CONFIG_BYTES
 
 REFERENCE: dict[str, Any] = {
     "model_type": "llama",

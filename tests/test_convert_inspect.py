@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,14 +73,15 @@ def test_convert_names_the_family_of_a_target_that_is_here_and_keeps_it(
 ) -> None:
     for family in ("qwen2", "llama"):
         (tmp_path / family).mkdir()
-        (tmp_path / family / "config.json").write_text(json.dumps({"model_type": family}))
+        sizes = {"model_type": family, "hidden_size": 64, "vocab_size": 96}
+        (tmp_path / family / "config.json").write_text(json.dumps(sizes))
     assert run("convert", published, tmp_path / "out", "--target", tmp_path / "qwen2")[0] == 0
     for target in ("org/target", "a/b/c"):
         assert run("convert", tmp_path / "out", tmp_path / "again", "--target", target)[0] == 0
         assert open_head(tmp_path / "again").config.target_model_type == "qwen2"
     status, output = run("convert", tmp_path / "out", tmp_path / "other", "--target", tmp_path / "llama")
     assert status == 2
-    assert "config.json: target_model_type is 'qwen2', expected 'llama' (that of " in output
+    assert "config.json: target_model_type is 'qwen2', expected 'llama' (the target's model_type)" in output
 
 
 def test_convert_refuses_a_target_of_other_sizes(published: Path, tmp_path: Path) -> None:
@@ -88,8 +90,34 @@ def test_convert_refuses_a_target_of_other_sizes(published: Path, tmp_path: Path
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes}))
         status, output = run("convert", published, tmp_path / "out", "--target", tmp_path)
         assert status == 2
-        assert f"config.json: {field} is {value}, expected 128 (that of " in output
+        assert f"config.json: {field} is {value}, expected 128 (the target's)" in output
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "gpt2", "hidden_size": 64, "vocab_size": 96},
+            "model_type is 'gpt2', expected a text model",
+        ),
+        ({"model_type": "llama", "hidden_size": 64}, "config.json has no 'vocab_size', so it is not a model"),
+    ],
+)
+def test_convert_refuses_a_target_that_no_head_can_serve(
+    published: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, output = run("convert", published, tmp_path / "out", "--target", tmp_path)
+    assert status == 2
+    assert message in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_that_cannot_be_looked_up_is_said_in_one_line(published: Path) -> None:
+    status, output = run("convert", published, "x" * 300)
+    assert status == 2
+    assert "cannot be looked up (File name too long)" in output
 
 
 def test_convert_replaces_a_head_and_nothing_else(published: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from griffin_vllm.checkpoint import PREFIX
 from griffin_vllm.config import ARCHITECTURE, METHOD
@@ -61,7 +62,7 @@ def register() -> None:
     """Hook GRIFFIN into vLLM. Never raises: a vLLM that does not use GRIFFIN must not notice."""
     import vllm
 
-    if vllm.__version__ not in SUPPORTED_VLLM and not _is_too_old(vllm.__version__):
+    if not _is_supported(vllm.__version__) and not _is_too_old(vllm.__version__):
         _log_once(
             f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; trying all the same"
         )
@@ -102,12 +103,22 @@ def check_fits() -> None:
 _misfits: dict[str, str] = {}
 
 
+def _is_supported(version: str) -> bool:
+    try:
+        return Version(version) in SUPPORTED_VLLM
+    except InvalidVersion:  # a build from source may call itself "dev"
+        return False
+
+
 def _is_too_old(version: str) -> bool:
     """Whether ``version`` is below the supported range; one that is not in it otherwise is newer."""
-    return any(
-        specifier.operator == ">=" and not specifier.contains(version, prereleases=True)
-        for specifier in SUPPORTED_VLLM
-    )
+    try:
+        return any(
+            specifier.operator == ">=" and not specifier.contains(Version(version), prereleases=True)
+            for specifier in SUPPORTED_VLLM
+        )
+    except InvalidVersion:
+        return False
 
 
 def _points() -> list[TouchPoint]:
@@ -123,7 +134,7 @@ def _touch(point: TouchPoint) -> None:
         for need in point.needs:
             _expect(module, need)
         point.touch(module)
-    except (ImportError, AttributeError, DoesNotFitError) as error:
+    except Exception as error:  # of whatever kind: a vLLM that does not use GRIFFIN must not notice
         _misfits[place] = f"{place} ({error})"
         _log_once(f"griffin-vllm cannot be used: {_misfits[place]}")
 
@@ -174,7 +185,11 @@ def _expect(module: ModuleType, need: str) -> None:
         if not owner or parameters or not _sets_on_self(operator.attrgetter(owner)(module), attribute):
             raise
         return
-    missing = set(parameters) - set(inspect.signature(found).parameters) if parameters else set()
+    if not parameters:
+        return
+    if not callable(found):
+        raise DoesNotFitError(f"{name} is no function")
+    missing = set(parameters) - set(inspect.signature(found).parameters)
     if missing:
         raise DoesNotFitError(f"{name} has no parameter {', '.join(sorted(missing))}")
 
@@ -299,7 +314,7 @@ def _offer_flags(arg_utils: ModuleType) -> None:
             dest="spec_tokens",
             type=int,
             metavar="K",
-            help="Tokens to draft in each step; without it, what the GRIFFIN head recommends.",
+            help="Tokens to draft in each step; without it, what `griffin tune` found, else what the head recommends.",
         )
         return parser
 

@@ -92,6 +92,12 @@ class GriffinProposer(EagleProposer):
         self._found: list[list[int]] = []
         self._by_head: list[int] = []
 
+    @property
+    def _unwrapped(self) -> GriffinForCausalLM | None:
+        """The head, or None where the runner has put it into a ``BreakableCUDAGraphWrapper``: a captured graph does the
+        same in every round."""
+        return self.model if isinstance(self.model, GriffinForCausalLM) else None
+
     def load_model(self, target_model: nn.Module) -> None:
         """Load the head; a target that takes LoRA adapters shares its embeddings without them.
 
@@ -193,11 +199,9 @@ class GriffinProposer(EagleProposer):
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
         """Whether the step has one token of each request, and its cache entries can be written later."""
+        head = self._unwrapped
         return (
-            self.may_postpone
-            and metadata.max_query_len == 1
-            and isinstance(self.model, GriffinForCausalLM)
-            and self.model.writes_cache_apart
+            self.may_postpone and metadata.max_query_len == 1 and head is not None and head.writes_cache_apart
         )
 
     def _postpone(
@@ -232,9 +236,9 @@ class GriffinProposer(EagleProposer):
         self._drafts, self._draft_distributions = [], []
         self._likelihood = 1.0 if all(drafting) else torch.tensor(drafting, device=self.device).float()
         self._missing = kwargs["num_speculative_tokens"]
-        if isinstance(self.model, GriffinForCausalLM):
-            self.model.writes_cache_only = self._missing == 0
-            self.model.feeds_back = self._missing > 1
+        if head := self._unwrapped:
+            head.writes_cache_only = self._missing == 0
+            head.feeds_back = self._missing > 1
         try:
             return super().propose(*args, **kwargs)
         except DraftedEnough:
@@ -244,8 +248,8 @@ class GriffinProposer(EagleProposer):
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._missing -= 1
-        if isinstance(self.model, GriffinForCausalLM):
-            self.model.feeds_back = self._missing > 1
+        if head := self._unwrapped:
+            head.feeds_back = self._missing > 1
         tokens, distributions = super()._sample_draft_tokens(*args, **kwargs)
         if distributions is not None and (self.stop_probability or self._texts):
             self._draft_distributions.append(distributions)
@@ -258,7 +262,8 @@ class GriffinProposer(EagleProposer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts (N,) drawn from logits (N, vocabulary), among the tokens that can be drafted, and the distributions
         (N, vocabulary): of a reduced draft vocabulary the rest is never looked at."""
-        vocabulary = self.model.draft_vocabulary if isinstance(self.model, GriffinForCausalLM) else None
+        head = self._unwrapped
+        vocabulary = head.draft_vocabulary if head else None
         if vocabulary is None:
             return super()._sample_from_logits(logits, sampling_metadata)
         tokens, distributions = super()._sample_from_logits(vocabulary.narrow(logits), sampling_metadata)

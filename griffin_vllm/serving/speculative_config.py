@@ -59,6 +59,9 @@ _PASSED_ON = {
     "max_model_len",
     "num_speculative_tokens_per_batch_size",
     "quantization",
+    "rejection_sample_method",
+    "synthetic_acceptance_length",
+    "synthetic_acceptance_rates",
     "use_local_argmax_reduction",
 }
 # Keys that vLLM would take and then ignore or stumble over, with the reason. They may be given with
@@ -137,7 +140,9 @@ def _tuned(
     path = head.folder / TUNING_FILE
     if path.is_file():
         other = "it was measured with other weights, another machine, vLLM or precision"
-        logger.info("%s is not used: %s", path, "the number of drafts is given" if asked else other)
+        logger.info(
+            "%s is not used: %s", path, "the number of drafts or the lookup is given" if asked else other
+        )
     return {}
 
 
@@ -180,7 +185,11 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
             raise GriffinError(f"speculative_config: {key} is not a key of this vLLM{hint}")
         if key == "num_speculative_tokens_per_batch_size" and value is not None:
             _check_schedule(key, value)
-        if key in _PASSED_ON or key in ("num_speculative_tokens", "revision") or value == defaults[key]:
+        if value == defaults[key]:
+            continue
+        if key == "rejection_sample_method" or key.startswith("synthetic_"):
+            _check_rejection_method(given)
+        if key in _PASSED_ON or key in ("num_speculative_tokens", "revision"):
             continue
         if key == PROMPT_LOOKUP:
             if type(value) is not int or value < 0:
@@ -196,9 +205,6 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
                     value,
                     f"{parallel.tensor_parallel_size} (the target's) or none",
                 )
-            continue
-        if key == "rejection_sample_method" or key.startswith("synthetic_"):
-            _check_rejection_method(given)
             continue
         reason = _REFUSED.get(key)
         if reason is None and key.startswith(_OTHER_METHODS):

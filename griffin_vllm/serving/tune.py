@@ -72,12 +72,12 @@ PROMPTS = (
 def tune(
     target: str,
     head: Head,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str],
     *,
-    max_k: int = 5,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
-    tokens: int = 64,
-    engine_options: Sequence[str] = (),
+    max_k: int,
+    batch_sizes: Sequence[int],
+    tokens: int,
+    engine_options: Sequence[str],
 ) -> Tuning:
     """Measure every K up to ``max_k`` at every batch size, ``tokens`` output tokens a request.
 
@@ -85,7 +85,7 @@ def tune(
 
     Raises:
         GriffinError: the head does not fit the target, an engine option is unknown, or this vLLM cannot
-            change K while it runs.
+            change K while it runs, or takes its V2 model runner.
     """
     if reason := misfit(head, target):
         raise GriffinError(reason)
@@ -321,12 +321,16 @@ def _engine(
         "num_speculative_tokens": max_k,
         "num_speculative_tokens_per_batch_size": [(1, max_batch, max_k)],
     }
+    if arguments.create_engine_config().use_v2_model_runner:
+        raise GriffinError(
+            "griffin tune: measures what the V1 model runner does, and this vLLM takes its V2 runner here; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, also to serve"
+        )
     engine = LLMEngine.from_engine_args(arguments)
     try:
         yield engine
     finally:
         engine.engine_core.shutdown()
-        del engine
         cleanup_dist_env_and_memory()
 
 

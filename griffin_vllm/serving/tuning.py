@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import write_whole
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -87,12 +88,7 @@ def write_tuning(path: Path, tuning: Tuning) -> None:
     Raises:
         GriffinError: it cannot be written.
     """
-    staging = path.with_name(path.name + ".part")
-    try:
-        staging.write_text(tuning.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
+    write_whole(path, tuning.model_dump_json(indent=2) + "\n")
 
 
 def check_writable(path: Path) -> None:
@@ -103,7 +99,7 @@ def check_writable(path: Path) -> None:
         if new:
             path.unlink()
     except OSError as error:
-        raise GriffinError(f"{path}: cannot be written ({error.strerror}); see --out") from error
+        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)}); see --out") from error
 
 
 def machine() -> str:

@@ -1,9 +1,8 @@
-"""Training checkpoints: whole or absent, and enough to continue bit for bit; small files likewise."""
+"""Training checkpoints: whole or absent, and enough to continue bit for bit."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from griffin_vllm.checkpoint import atomic_folder
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d{8})")
@@ -78,21 +77,6 @@ def load_checkpoint(path: Path) -> TrainingState:
         raise GriffinError(
             f"{path}: is damaged ({GriffinError.reason(error)}); remove it to continue from the one before"
         ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees either the old one or the whole new one.
-
-    Raises:
-        GriffinError: it cannot be written; an old file is untouched.
-    """
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

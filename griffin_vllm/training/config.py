@@ -172,6 +172,7 @@ class TrainConfig(Section):
 
     @classmethod
     def check(cls, values: dict[str, Any], path: Path) -> TrainConfig:
+        """The settings in ``values``; GriffinError names what is wrong with them and ``path``, where they stand."""
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
@@ -202,6 +203,7 @@ class TrainConfig(Section):
 
 
 def read_preset(name: str) -> dict[str, Any]:
+    """The settings that a preset has; GriffinError if there is none of that name."""
     known = presets()
     if name not in known:
         raise GriffinError.at("preset", "name", name, f"one of {sorted(known)}")
@@ -209,14 +211,16 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def presets() -> dict[str, Path]:
+    """Files of the presets by name."""
     return {path.stem: path for path in PRESETS.glob("*.yaml")}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings in a YAML file; GriffinError if it cannot be read or holds something else."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise GriffinError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
     except UnicodeDecodeError as error:
         raise GriffinError(f"{path}: is not UTF-8 text ({error})") from error
     if not isinstance(values, dict):
@@ -238,7 +242,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """``--name value`` and ``--name=value`` pairs, values read as YAML; dashes in names are underscores."""
+    """``--name value`` and ``--name=value`` pairs, values read as YAML; dashes in names are underscores.
+
+    Raises:
+        GriffinError: something that is no option, has no value, or is not YAML.
+    """
     pairs, rest = [], list(arguments)
     while rest:
         option = rest.pop(0)
@@ -254,7 +262,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``stages.0.epochs`` and the like in place."""
+    """Set ``stages.0.epochs`` and the like in place; GriffinError if ``values`` has no such place."""
     *parents, last = key.split(".")
     place: Any = values
     try:

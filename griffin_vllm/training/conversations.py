@@ -81,11 +81,7 @@ class RecordError(ValueError):
 
 
 def check_source(source: str) -> None:
-    """Whether ``source`` can be a file, a saved data set's folder or a Hub id.
-
-    Raises:
-        GriffinError: it names a file or folder that is not there.
-    """
+    """Raise GriffinError if ``source`` is named like a file or folder that is not there; a Hub id is not looked up."""
     path = Path(source)
     named_like_a_file = path.suffix in (".json", ".jsonl", ".gz") or source.startswith((".", "/", "~"))
     if named_like_a_file and not path.exists():
@@ -107,7 +103,7 @@ def read_source(source: str, open_file: Callable[[Path], IO[bytes]] | None = Non
         with open_file(path) if open_file else path.open("rb") as file:
             yield from read_file(file, path.name)
     except OSError as error:
-        raise GriffinError(f"{source}: cannot be read ({error.strerror or error})") from error
+        raise GriffinError(f"{source}: cannot be read ({GriffinError.reason(error)})") from error
 
 
 def read_file(file: IO[bytes], source: str) -> Iterator[Record]:
@@ -139,9 +135,8 @@ def read_dataset(source: str) -> Iterator[Record]:
             name, _, split = source.partition(":")
             splits = [datasets.load_dataset(name, split=split or "train", streaming=True)]
     except Exception as error:  # the library and the Hub client have many kinds, and all mean the same here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GriffinError(
-            f"{source}: is neither a file nor a data set that could be opened ({reason})"
+            f"{source}: is neither a file nor a data set that could be opened ({GriffinError.reason(error)})"
         ) from error
     records = enumerate(record for split in splits for record in split)
     while True:

@@ -29,9 +29,8 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from griffin_vllm import __version__
-from griffin_vllm.checkpoint import atomic_folder, may_be_replaced
-from griffin_vllm.config import read_json
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import atomic_folder, check_same, may_be_replaced, read_json
 from griffin_vllm.training.chat import ChatTarget, Sample, template_hash, tokenizer_hash
 from griffin_vllm.training.conversations import (
     Conversation,
@@ -93,21 +92,6 @@ class Manifest(BaseModel):
     skipped: dict[str, int]
     skipped_examples: list[dict[str, Any]]
 
-    def check_target(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str | Path) -> None:
-        """Whether token ids of the dataset at ``where`` mean the same to the target at hand.
-
-        Raises:
-            GriffinError: another tokenizer, vocabulary or chat template.
-        """
-        expected = f"that of the target at hand; prepare the data again (it was for {self.target})"
-        for field, found, wanted in (
-            ("vocab_size", self.vocab_size, vocab_size),
-            ("tokenizer_sha256", self.tokenizer_sha256, tokenizer_hash(tokenizer)),
-            ("template_sha256", self.template_sha256, template_hash(tokenizer)),
-        ):
-            if found != wanted:
-                raise GriffinError.at(Path(where) / MANIFEST, field, found, f"{wanted!r}, {expected}")
-
 
 class TokenDataset:
     """One split of a token dataset, memory-mapped.
@@ -167,8 +151,17 @@ class TokenDataset:
         return torch.from_numpy(np.bincount(generated, minlength=self.manifest.vocab_size))
 
     def check_target(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-        """See `Manifest.check_target`."""
-        self.manifest.check_target(tokenizer, vocab_size, self.folder)
+        """Raise GriffinError unless token ids mean the same to the target at hand: made with another tokenizer,
+        vocabulary or chat template they do not."""
+        at_hand = {
+            "vocab_size": vocab_size,
+            "tokenizer_sha256": tokenizer_hash(tokenizer),
+            "template_sha256": template_hash(tokenizer),
+        }
+        prepared_for = (
+            f"that of the target at hand; prepare the data again (it was for {self.manifest.target})"
+        )
+        check_same(self.folder / MANIFEST, self.manifest.model_dump(), at_hand, prepared_for)
 
 
 def length_buckets(
@@ -212,8 +205,8 @@ def prepare(
     ``exclude``: files of conversations that must not be used, with all of their families.
 
     Raises:
-        GriffinError: the target or a source cannot be read, or nothing usable is left; ``out`` is then
-            untouched.
+        GriffinError: an option cannot be, the target or a source cannot be read, nothing usable is left, or ``out``
+            holds something else than a dataset or cannot be written; it is then untouched.
     """
     if max_length < 2:
         raise GriffinError.at("griffin data prepare", "--max-length", max_length, "at least 2")
@@ -234,11 +227,19 @@ def prepare(
         with (
             Progress(console=console or Console(stderr=True), transient=True) as progress,
             atomic_folder(out) as staging,
-            _Writer(staging, chat.vocab_size) as writer,
+            _Writer(
+                staging,
+                chat,
+                excluded,
+                max_length=max_length,
+                validation_share=validation_share,
+                loops=loops,
+                loop_threshold=loop_threshold,
+            ) as writer,
         ):
             for source in sources:
                 for chunk in _chunks(writer.reading(source, _open(source, progress)), _CONVERSATIONS_AT_ONCE):
-                    writer.add(chunk, chat, max_length, validation_share, loops, loop_threshold, excluded)
+                    writer.add(chunk)
             splits = writer.close()
             if not splits["train"].samples:
                 raise GriffinError(_nothing_left(sources, writer, splits))
@@ -261,7 +262,7 @@ def prepare(
             )
             (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise GriffinError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise GriffinError(f"{out}: cannot be written ({GriffinError.reason(error)})") from error
     return manifest
 
 
@@ -274,12 +275,25 @@ def split_of(family: str, validation_share: float) -> str:
 class _Writer:
     """Appends samples to the files of a dataset and counts everything that its manifest tells."""
 
-    def __init__(self, folder: Path, vocab_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        chat: ChatTarget,
+        excluded: set[str],
+        *,
+        max_length: int,
+        validation_share: float,
+        loops: Loops,
+        loop_threshold: float,
+    ):
+        self._chat, self._excluded = chat, excluded
+        self._max_length, self._validation_share = max_length, validation_share
+        self._loops_wanted, self._loop_threshold = loops, loop_threshold
         self.sources: list[Source] = []
         self.conversations = self.truncated = 0
         self.reasons: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
-        dtype = _token_dtype(vocab_size)
+        dtype = _token_dtype(chat.vocab_size)
         self._files = {
             split: {"tokens": _Npy(folder, split, "tokens", dtype), "mask": _Npy(folder, split, "mask", "u1")}
             for split in SPLITS
@@ -315,45 +329,36 @@ class _Writer:
             else:
                 yield index, record
 
-    def add(
-        self,
-        numbered: Sequence[tuple[int, Conversation]],
-        chat: ChatTarget,
-        max_length: int,
-        validation_share: float,
-        loops: Loops,
-        loop_threshold: float,
-        excluded: set[str],
-    ) -> None:
+    def add(self, numbered: Sequence[tuple[int, Conversation]]) -> None:
         usable: list[tuple[int, Conversation]] = []
         for index, found in numbered:
             try:
-                if not excluded.isdisjoint(found.known_as):
+                if not self._excluded.isdisjoint(found.known_as):
                     raise RecordError("excluded")
                 usable.append((index, without_trailing_user_turn(found)))
             except RecordError as error:
                 self._skip(Skipped(self.sources[-1].name, index, str(error), found.id))
-        rendered = chat.samples([found for _, found in usable])
+        rendered = self._chat.samples([found for _, found in usable])
         for (index, found), samples in zip(usable, rendered, strict=True):
             try:
                 if isinstance(samples, RecordError):
                     raise samples
-                if loops == "drop":
-                    samples = [sample for sample in samples if sample.distinct_4grams >= loop_threshold]
+                if self._loops_wanted == "drop":
+                    samples = [one for one in samples if one.distinct_4grams >= self._loop_threshold]
                     if not samples:
                         raise RecordError("the answer loops")
-                cut = [_truncate(sample, max_length) for sample in samples]
+                cut = [_truncate(sample, self._max_length) for sample in samples]
                 if not any(cut):
-                    raise RecordError(f"no answer within {max_length} tokens")
+                    raise RecordError(f"no answer within {self._max_length} tokens")
             except RecordError as error:
                 self._skip(Skipped(self.sources[-1].name, index, str(error), found.id))
                 continue
             self.conversations += 1
-            split = split_of(found.family, validation_share)
+            split = split_of(found.family, self._validation_share)
             for sample, length in zip(samples, cut, strict=True):
                 if length:
                     self.truncated += length < len(sample.tokens)
-                    self._append(split, sample, length, sample.distinct_4grams < loop_threshold)
+                    self._append(split, sample, length, sample.distinct_4grams < self._loop_threshold)
 
     def close(self) -> dict[str, SplitCounts]:
         for split in SPLITS:

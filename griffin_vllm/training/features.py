@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import write_whole
 from griffin_vllm.training.data import TokenDataset, dataset_digest
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
@@ -39,7 +40,7 @@ DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 256, 4096
 class CacheManifest:
     """What a cache was made from; two caches with the same manifest hold the same numbers.
 
-    ``target_weights`` tells targets of one folder name apart (:func:`weights_digest`); None, as in caches that
+    ``target_weights`` tells targets of one folder name apart (:func:`target_digest`); None, as in caches that
     are older than the field, is taken for any.
     """
 
@@ -61,7 +62,7 @@ class CacheManifest:
             vocab_size=hf_config.vocab_size,
             top_k=top_k,
             lengths=data.lengths.tolist(),
-            target_weights=weights_digest(target),
+            target_weights=target_digest(target),
         )
 
     def size_in_bytes(self) -> int:
@@ -170,12 +171,12 @@ def write_cache(
     if rank == 0:
         check_caches({folder: manifest})
         text = json.dumps(asdict(manifest))
-        _write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
-        _write(folder / SHARED, lambda path: save_file(_shared_tensors(target.shared), path))
+        write_whole(folder / MANIFEST, text)
+        write_whole(folder / SHARED, lambda path: save_file(_shared_tensors(target.shared), path))
     for shard, run in list(enumerate(shards(manifest.lengths)))[rank::ranks]:
         if not _shard_path(folder, shard).is_file():
             tensors = _compute(target, [tokens[i] for i in run], manifest.top_k, batch_tokens)
-            _write(_shard_path(folder, shard), partial(save_file, tensors))
+            write_whole(_shard_path(folder, shard), partial(save_file, tensors))
         progress(sum(manifest.lengths[i] for i in run))
 
 
@@ -189,12 +190,8 @@ def _shared_tensors(shared: SharedWeights) -> dict[str, Tensor]:
 
 
 def check_caches(caches: Mapping[Path, CacheManifest]) -> None:
-    """Whether all of ``caches`` (by folder, on one disk) can be written, before the first of them is begun.
-
-    Raises:
-        GriffinError: the disk has no room for what is missing of them, or a folder holds the cache of
-            something else.
-    """
+    """Raise GriffinError unless all of ``caches`` (by folder, on one disk) can be written, before the first is begun:
+    the disk has room for what is missing of them, and no folder holds the cache of something else."""
     need = 0
     for folder, manifest in caches.items():
         if not _matches(folder, manifest):
@@ -214,7 +211,7 @@ def check_caches(caches: Mapping[Path, CacheManifest]) -> None:
         )
 
 
-def weights_digest(folder: Path) -> str | None:
+def target_digest(folder: Path) -> str | None:
     """A digest of a target's weights that reads little of them: each file's size and blocks all over it.
 
     Headers alone would not do: a fine-tuned model has those of its base. None where ``folder`` is a Hub id.
@@ -293,14 +290,3 @@ def _damaged(path: Path, error: Exception) -> GriffinError:
 
 def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"features-{shard:05d}.safetensors"
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name first: a file of the final name is always whole."""
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error

@@ -105,7 +105,7 @@ class Trainer:
         # the first to ask accelerate for its state decides for all whether CPU processes work together
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.config = config = with_precision(config, state.device)
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not state.is_main_process)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
         self.device = self.accelerator.device
         self.train_data = TokenDataset(config.data, "train")
@@ -115,9 +115,10 @@ class Trainer:
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
         self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
-        self.start = (
-            None if config.init_from is None else open_head(find_head(config.init_from), config.head_name)
-        )
+        self.start = None
+        if config.init_from is not None:
+            self.start = open_head(find_head(config.init_from), config.head_name)
+            check_values(self.start)
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()), self.start)
         self.vocabulary = self._draft_vocabulary(chat)
         with self.accelerator.main_process_first():
@@ -297,9 +298,8 @@ class Trainer:
         complete = torch.tensor([is_complete(folder, manifest)], device=self.device)
         if not accelerator.gather(complete).all():
             size = manifest.size_in_bytes() / 1e9
-            if accelerator.is_main_process:
-                self.console.print(f"writing {size:.1f} GB of target features to {folder}")
-            with Progress(console=self.console, disable=not accelerator.is_main_process) as progress:
+            self.console.print(f"writing {size:.1f} GB of target features to {folder}")
+            with Progress(console=self.console) as progress:
                 task = progress.add_task(
                     f"features, {data.split}", total=sum(manifest.lengths) / accelerator.num_processes
                 )
@@ -385,7 +385,7 @@ class Trainer:
             TimeRemainingColumn(),
         )
         start, first = time.monotonic(), done
-        with Progress(*columns, console=self.console, disable=not self.accelerator.is_main_process) as bar:
+        with Progress(*columns, console=self.console) as bar:
             task = bar.add_task("training", total=len(self.plan), completed=done, loss=math.nan, speed=0.0)
 
             def show(done: int, losses: dict[str, float]) -> float:
@@ -425,9 +425,12 @@ class Trainer:
 def head_config(
     config: TrainConfig, target: Any, trained_context_length: int, start: Head | None
 ) -> HeadConfig:
-    """The head's sizes: those of ``start`` (``init_from``), or the target's unless the settings say otherwise."""
+    """The head's sizes: those of ``start`` (``init_from``), or the target's unless the settings say otherwise.
+
+    Raises:
+        GriffinError: the sizes contradict each other, or ``start`` is not a head for ``target``.
+    """
     if start is not None:
-        check_values(start)
         sizes = start.config.model_dump()
     else:
         sizes = target_sizes(target)

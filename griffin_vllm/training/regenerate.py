@@ -129,7 +129,7 @@ def regenerate(
                 run = _Run(settings, summary, file, refused_file)
                 asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
     except OSError as error:
-        raise GriffinError(f"{out}: cannot be written ({error.strerror or error})") from error
+        raise GriffinError(f"{out}: cannot be written ({GriffinError.reason(error)})") from error
     return summary
 
 

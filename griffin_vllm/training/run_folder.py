@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from griffin_vllm.bf16 import multiplies_bf16
-from griffin_vllm.checkpoint import Head
-from griffin_vllm.checkpoint import weights_digest as head_digest
-from griffin_vllm.config import read_json
+from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import write_whole
+from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
-from griffin_vllm.training.features import weights_digest
+from griffin_vllm.training.features import target_digest
 
 SETTINGS, INPUTS = "config.json", "inputs.json"
+OTHERWISE = "name another output folder"
 
 
 def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -46,15 +43,15 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
     settings = config.model_dump(mode="json")
     before = _settings_before(config)
     if before is not None:
-        _check_same(path, before.model_dump(mode="json"), settings)
+        check_same(path, before.model_dump(mode="json"), settings, OTHERWISE)
     found = _inputs(config, start)
     inputs = config.output / INPUTS
     if inputs.is_file():
-        _check_same(inputs, read_json(inputs), found)
+        check_same(inputs, read_json(inputs), found, OTHERWISE)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GriffinError(f"{config.output}: cannot be written ({error.strerror or error})") from error
+        raise GriffinError(f"{config.output}: cannot be written ({GriffinError.reason(error)})") from error
     for file, values in ((path, settings), (inputs, found)):
         if not file.is_file():
             write_whole(file, json.dumps(values, indent=2))
@@ -70,12 +67,6 @@ def _inputs(config: TrainConfig, start: Head | None) -> dict[str, str | None]:
     """Digests of what lies behind the settings' paths; the path stays when data are prepared anew."""
     return {
         "data": dataset_digest(config.data),
-        "target": weights_digest(config.target),
-        "init_from": None if start is None else head_digest(start.weights),
+        "target": target_digest(config.target),
+        "init_from": None if start is None else weights_digest(start.weights),
     }
-
-
-def _check_same(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise GriffinError.at(path, name, before.get(name), f"{value!r}; name another output folder")

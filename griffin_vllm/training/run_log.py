@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import write_whole
+from griffin_vllm.files import write_whole
 
 
 class RunLog:

@@ -21,13 +21,11 @@ from griffin_vllm.training.target import SharedWeights
 
 @dataclass
 class Acceptance:
-    """Counts over all chains of all answers. ``reached[n]`` chains got to draft n, ``right[n]`` had it
-    right; ``top1[n]`` of ``positions`` draft steps n + 1 were right wherever they stood."""
+    """Counts over all chains of all answers; ``top1[n]`` of ``positions`` draft steps n + 1 were right wherever they
+    stood."""
 
     rounds: int = 0
     tokens: int = 0
-    reached: list[int] = field(default_factory=list)
-    right: list[int] = field(default_factory=list)
     top1: list[int] = field(default_factory=list)
     positions: int = 0
 
@@ -45,7 +43,7 @@ class Acceptance:
 @torch.no_grad()
 def simulate(head: DraftHead, shared: SharedWeights, batches: Iterable[Batch], K: int) -> Acceptance:
     """Chains of ``K`` greedy drafts over the answers (``loss_mask``) of ``batches``."""
-    total = Acceptance(reached=[0] * K, right=[0] * K, top1=[0] * K)
+    total = Acceptance(top1=[0] * K)
     for batch in batches:
         right = draft_hits(head, shared, batch, K)
         total.positions += int(batch.loss_mask.sum())
@@ -79,10 +77,8 @@ def _walk(right: list[list[bool]], answer: list[bool], total: Acceptance) -> Non
             continue
         accepted = 0
         while accepted < K and t + accepted < T and answer[t + accepted]:
-            total.reached[accepted] += 1
             if not right[accepted][t + accepted]:
                 break
-            total.right[accepted] += 1
             accepted += 1
         # The target's own token follows the accepted ones, if the answer is that long.
         emitted = sum(answer[t : t + accepted + 1])

@@ -45,6 +45,17 @@ def test_a_head_that_changed_is_no_part_of_the_record_and_of_no_resumed_one(tmp_
         records.Record("speed", args, sets).resume(planned)
 
 
+@pytest.mark.parametrize(("option", "value"), [("dtype", "float32"), ("max_model_len", 128)])
+def test_a_record_of_other_conditions_is_not_resumed(tmp_path: Path, option: str, value: object) -> None:
+    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    sets = [read_prompts(args.prompts[0])]
+    records.Record("speed", args, sets).save()
+    records.Record("speed", args, sets).resume([])
+    setattr(args, option, value)
+    with pytest.raises(GriffinError, match=rf"out\.json: {option} is .*; give --json another name"):
+        records.Record("speed", args, sets).resume([])
+
+
 def test_a_failure_of_an_engine_is_recorded_and_the_next_one_gets_its_turn(tmp_path: Path) -> None:
     args = records.parser(None).parse_args(arguments(tmp_path, "none,ngram"))
     record = records.Record("speed", args, [read_prompts(args.prompts[0])])

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -515,6 +516,14 @@ def test_speculative_keys_that_would_be_ignored_or_crash(vllm: VllmCommand, mode
     asked = json.dumps({"model": f"griffin:{models / 'head'}", key: value})
     line = refusal(vllm, models, "--speculative-config", asked)
     assert re.match(f"griffin_vllm.errors.GriffinError: .*{message}", line), line
+
+
+def test_block_rejection_reaches_vllm_on_a_mocked_gpu(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr("griffin_vllm.serving.speculative_config.current_platform", gpu)
+    asked = {"rejection_sample_method": "block"}
+    served = configure(models, spec_model=f"griffin:{models / 'head'}", speculative_config=asked)
+    assert served.rejection_sample_method == "block"
 
 
 def test_contradicting_ways_are_refused(models: Path) -> None:

@@ -20,7 +20,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     target = tiny.write_target(folder / "target")
     head = tiny.write_head(folder / "head")
     speculation = ("--speculative-model", f"griffin:{head}", "--num-speculative-tokens", "4")
-    with serve(target, folder / "log", "--max-model-len", "256", *speculation) as running:
+    # a worker process of its own, which is imported for seconds, is nothing that these tests look at
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with serve(target, folder / "log", "--max-model-len", "256", *speculation, **one_process) as running:
         yield running
 
 

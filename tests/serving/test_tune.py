@@ -233,6 +233,23 @@ def test_bad_input_is_one_line_before_an_engine_starts(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_v2_model_runner_is_refused_before_an_engine_starts(
+    tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def start(*_: object) -> None:
+        raise AssertionError("an engine starts")
+
+    monkeypatch.setattr(LLMEngine, "from_engine_args", start)
+    # on CPU there is none
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
+    done = CliRunner().invoke(app, ["tune", str(tiny.write_target(tmp_path / "target")), str(head)])
+    assert done.exit_code == 2, done.exception
+    assert re.match("error: griffin tune: .* set VLLM_USE_V2_MODEL_RUNNER=0", done.stderr), done.stderr
+
+
 def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -283,15 +283,16 @@ def test_a_vllm_that_does_not_fit_is_refused_only_when_griffin_is_asked_for(
         configured(model=str(target), spec_model=f"griffin:{head}")
 
 
+@pytest.mark.parametrize("version", ["0.99.0", "dev"])
 def test_an_unknown_vllm_is_tried_with_a_warning_that_names_both_versions(
-    target: Path, head: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    target: Path, head: Path, expected: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    monkeypatch.setattr("vllm.__version__", version)
     monkeypatch.setattr(hooks, "_log_once", said.append)
     hooks.register()
     [line] = said
-    assert re.search(r"made for vLLM .*0\.28.*, this is 0\.99\.0; trying all the same", line)
+    assert re.search(rf"made for vLLM .*0\.28.*, this is {re.escape(version)}; trying all the same", line)
     assert configured(model=str(target), spec_model=f"griffin:{head}", spec_tokens=K) == expected
 
 
@@ -300,6 +301,7 @@ def test_an_unknown_vllm_is_tried_with_a_warning_that_names_both_versions(
     [
         ("EngineArgs.gone", "has no attribute 'gone'"),
         ("EngineArgs.add_cli_args(parser, spoon)", "EngineArgs.add_cli_args has no parameter spoon"),
+        ("logger(message)", "logger is no function"),
     ],
 )
 def test_a_vllm_that_lacks_what_a_touch_point_needs_is_not_touched_there(

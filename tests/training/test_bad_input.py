@@ -290,7 +290,7 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "no target": (lambda: shutil.rmtree("target"), r"target: has no readable config\.json of a target"),
     "another tokenizer": (
         other_tokenizer,
-        r"data/manifest\.json: tokenizer_sha256 is '\w+', expected '\w+', that of the target at hand; prepare",
+        r"data/manifest\.json: tokenizer_sha256 is '\w+', expected '\w+'; that of the target at hand; prepare",
     ),
     "another chat template": (
         lambda: write("target/chat_template.jinja", "{% for m in messages %}{{ m.content }}{% endfor %}"),

@@ -23,7 +23,7 @@ from griffin_vllm.training.features import (
     FeatureCache,
     check_caches,
     is_complete,
-    weights_digest,
+    target_digest,
     write_cache,
 )
 from griffin_vllm.training.target import Target, target_config
@@ -159,7 +159,7 @@ def test_cache_of_another_target_in_a_folder_of_the_same_name_is_refused(
     write(tmp_path / "features", target, data)
     other = tmp_path / "other" / target.name
     shutil.copytree(target, other)
-    assert weights_digest(other) == weights_digest(target)
+    assert target_digest(other) == target_digest(target)
     tensors = read(other / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] += 0.1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})

@@ -278,7 +278,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path,
 @pytest.mark.parametrize("kind", ["griffin", "eagle"])
 def test_run_continues_from_an_existing_head(kind: str, target: Path, data: Path, tmp_path: Path) -> None:
     head = Trainer(settings(target, data, tmp_path / "first", head=kind)).run()
-    second = Trainer(settings(target, data, tmp_path / "second", head=kind, init_from=str(head)))
+    second = Trainer(settings(target, data, tmp_path / "second", head=kind, init_from=f"griffin:{head}"))
     for name, tensor in weights(head).items():
         assert torch.equal(second.head.get_parameter(name), tensor.float())
 

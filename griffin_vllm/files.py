@@ -1,0 +1,107 @@
+"""Reading small JSON files, and writing files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from griffin_vllm.errors import GriffinError
+
+# A config.json is a few kilobytes; reading more than this is never needed to describe a head.
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a small JSON object.
+
+    Raises:
+        GriffinError: missing, unreadable, too large, not JSON, or not an object.
+    """
+    try:
+        if not path.is_file():  # a device or a pipe could be read without end
+            raise GriffinError(f"{path}: is missing or not a regular file")
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise GriffinError.at(path, "size", size, f"at most {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, GriffinError):
+            raise
+        raise GriffinError(f"{path}: is not valid JSON ({GriffinError.reason(error)})") from error
+    if not isinstance(value, dict):
+        raise GriffinError.at(path, "top level", type(value).__name__, "a JSON object")
+    return value
+
+
+def check_same(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], otherwise: str) -> None:
+    """Raise GriffinError that names the first field of ``now`` that ``before`` (read from ``where``) has otherwise, and
+    what to do (``otherwise``)."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise GriffinError.at(where, name, before.get(name), f"{value!r}; {otherwise}")
+
+
+def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Write a file so that a reader sees either the old one or the whole new one.
+
+    ``content`` is its text, or what writes it to the path that it is given.
+
+    Raises:
+        GriffinError: it cannot be written; an old file is untouched.
+    """
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        if isinstance(content, str):
+            unfinished.write_text(content, encoding="utf-8")
+        else:
+            content(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
+    """Whether ``folder`` is new, or a folder with nothing in it but some of ``files`` (names).
+
+    Raises:
+        GriffinError: that cannot be found out (a name that is too long, a folder that cannot be read).
+    """
+    try:
+        return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= files)
+    except OSError as error:
+        raise GriffinError(f"{folder}: cannot be looked up ({GriffinError.reason(error)})") from error
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            try:
+                os.replace(folder, old / folder.name)
+                os.replace(staging, folder)
+            finally:
+                if not folder.exists():
+                    os.replace(old / folder.name, folder)
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
