@@ -233,18 +233,18 @@ def test_bad_input_is_one_line_before_an_engine_starts(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_v2_model_runner_is_refused_before_an_engine_starts(
+def test_the_v2_runner_of_a_mocked_gpu_is_refused_before_an_engine_starts(
     tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     def start(*_: object) -> None:
         raise AssertionError("an engine starts")
 
     monkeypatch.setattr(LLMEngine, "from_engine_args", start)
-    # on CPU there is none
-    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _: True))
+    config = SimpleNamespace(use_v2_model_runner=True)
+    monkeypatch.setattr(EngineArgs, "create_engine_config", lambda _: config)
     done = CliRunner().invoke(app, ["tune", str(tiny.write_target(tmp_path / "target")), str(head)])
     assert done.exit_code == 2, done.exception
     assert re.match("error: griffin tune: .* set VLLM_USE_V2_MODEL_RUNNER=0", done.stderr), done.stderr
