@@ -130,7 +130,7 @@ def test_the_range_of_versions_is_the_same_everywhere() -> None:
     assert f"0.{minors[-1] + 1}.0" not in hooks.SUPPORTED_VLLM
     readme = " ".join((compat.ROOT / "README.md").read_text(encoding="utf-8").split())
     for said in (
-        f"({first} to {last})",
+        f"pip install 'vllm{required}' .",
         f"{first} to {last} (`SUPPORTED_VLLM`",
         f"newer than {last} is",
         f"older than {first} is",
