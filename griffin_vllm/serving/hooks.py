@@ -62,7 +62,7 @@ def register() -> None:
     """Hook GRIFFIN into vLLM. Never raises: a vLLM that does not use GRIFFIN must not notice."""
     import vllm
 
-    if not _is_supported(vllm.__version__) and not _is_too_old(vllm.__version__):
+    if _parsed(vllm.__version__) not in SUPPORTED_VLLM and not _is_too_old(vllm.__version__):
         _log_once(
             f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; trying all the same"
         )
@@ -103,22 +103,20 @@ def check_fits() -> None:
 _misfits: dict[str, str] = {}
 
 
-def _is_supported(version: str) -> bool:
+def _parsed(version: str) -> Version:
+    """A build from source may call itself "dev"; it is taken for newer than any release."""
     try:
-        return Version(version) in SUPPORTED_VLLM
-    except InvalidVersion:  # a build from source may call itself "dev"
-        return False
+        return Version(version)
+    except InvalidVersion:
+        return Version("9999")
 
 
 def _is_too_old(version: str) -> bool:
     """Whether ``version`` is below the supported range; one that is not in it otherwise is newer."""
-    try:
-        return any(
-            specifier.operator == ">=" and not specifier.contains(Version(version), prereleases=True)
-            for specifier in SUPPORTED_VLLM
-        )
-    except InvalidVersion:
-        return False
+    return any(
+        specifier.operator == ">=" and not specifier.contains(_parsed(version), prereleases=True)
+        for specifier in SUPPORTED_VLLM
+    )
 
 
 def _points() -> list[TouchPoint]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +178,9 @@ def test_every_criterion_can_fail(change: dict[str, Any], criterion: str | None)
     assert soak.failed_criteria(ROW | change, Limits()) == ([criterion] if criterion else [])
 
 
-@dataclass(frozen=True)
-class Soaked:
-    """Some traffic on the tiny models: what it ended with, and what its row of the record was made of."""
-
-    folder: Path
-    status: int
-    measured: tuple[soak.Traffic, dict[str, Answer], Any, Any]
-
-
 @pytest.fixture(scope="module")
-def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soaked:
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], int]:
+    """A folder, a command line and its exit status: some traffic on the tiny models."""
     folder = tmp_path_factory.mktemp("soak")
     models.write_models(folder)
     lines = [json.dumps({"question_id": i, "turns": [f"question {i * i}"]}) for i in range(8)]
@@ -197,24 +188,15 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Soaked:
     command = models.arguments(folder, f"griffin:{folder / 'head'}", "--minutes", "0.3")
     # so short a run is all warm-up
     command += ["--max-growth-mib", "300", "--concurrency", "1,6"]
-    kept: list[Any] = []
-    measured = soak._measured
-
-    def keep(*arguments: Any) -> dict[str, Any]:
-        kept.append(arguments)
-        return measured(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(soak, "_measured", keep)
-        status = soak.main(command)
-    return Soaked(folder, status, *kept)
+    return folder, command, soak.main(command)
 
 
-def test_mixed_traffic_meets_every_criterion(soaked: Soaked) -> None:
-    record = models.record(soaked.folder)
+def test_mixed_traffic_meets_every_criterion(soaked: tuple[Path, list[str], int]) -> None:
+    folder, _, status = soaked
+    record = models.record(folder)
     [row] = record["results"]
     assert row["failed"] == []
-    assert soaked.status == 0
+    assert status == 0
     assert row["sent"] == row["finished"] + row["aborted"]
     assert row["aborted"] > 0
     assert set(row["by_kind"]) == {"short", "long", "json", "stop"}
@@ -225,12 +207,15 @@ def test_mixed_traffic_meets_every_criterion(soaked: Soaked) -> None:
     assert record["settings"]["engine"]["enable_prefix_caching"] is True
 
 
-def test_a_planted_mismatch_is_seen(soaked: Soaked) -> None:
-    traffic, expected, tokenizer, args = soaked.measured
-    answer = expected["prompts/0"]
-    tokens = [token ^ 1 if place == 5 else token for place, token in enumerate(answer.tokens)]
-    planted = expected | {"prompts/0": replace(answer, tokens=tokens)}
-    row = ROW | soak._measured(traffic, planted, tokenizer, args)
+def test_a_planted_mismatch_is_seen(soaked: tuple[Path, list[str], int]) -> None:
+    folder, command, _ = soaked
+    path = folder / "out.trajectory.json"
+    cached = json.loads(path.read_text())
+    [planted] = [answer for answer in cached["answers"]["soak"] if answer["conversation"] == "prompts/0"]
+    planted["tokens"][5] ^= 1
+    path.write_text(json.dumps(cached))
+    assert soak.main([*command, "--minutes", "0.1"]) == 1
+    [row] = models.record(folder)["results"]
     assert row["wrong"] > 0
     assert {one["question"] for one in row["differences"] if one["kind"] == "wrong"} == {"prompts/0"}
-    assert any("greedy answers are wrong" in criterion for criterion in soak.failed_criteria(row, args))
+    assert any("greedy answers are wrong" in criterion for criterion in row["failed"])

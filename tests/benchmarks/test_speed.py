@@ -152,6 +152,7 @@ def test_plain_decoding_against_itself_contains_one_from_answers_to_record(tmp_p
         *("ngram K=3", "none", "none"),
     ]
     plain, again, ngram = models.record(tmp_path)["results"]
+    assert plain["repeats"] == 3
     low, high = again["speedup_ci"]
     assert low <= 1.0 <= high
     assert "speedup_ci" not in plain
