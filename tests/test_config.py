@@ -25,6 +25,7 @@ REFERENCE: dict[str, Any] = {
     "hidden_act": "silu",
     "rope_scaling": None,
 }
+# None of it is a default.
 HEAD = HeadConfig(
     hidden_size=64,
     intermediate_size=96,
@@ -33,10 +34,16 @@ HEAD = HeadConfig(
     head_dim=16,
     vocab_size=100,
     draft_vocab_size=50,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_position_embeddings=4096,
+    qkv_bias=True,
     target="org/target",
     target_model_type="llama",
     num_speculative_tokens=3,
     draft_sample_method="probabilistic",
+    draft_stop_probability=0.25,
+    prompt_lookup_min=2,
     trained_context_length=256,
     draft_context_limit=512,
 )
@@ -68,21 +75,30 @@ def test_a_qwen2_reference_head_keeps_its_biases_and_rotary_base(tmp_path: Path)
 
 
 def test_the_served_layout_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    assert not [
+        name for name, field in HeadConfig.model_fields.items() if getattr(HEAD, name) == field.default
+    ]
     assert HeadConfig.read(write(tmp_path, HEAD.to_served())) == HEAD
 
 
 def test_a_served_head_that_does_not_say_how_to_draft_gets_vllms_ways(tmp_path: Path) -> None:
-    names = ("target_model_type", "draft_context_limit", "draft_stop_probability", "draft_sample_method")
+    names = (
+        "target_model_type",
+        "draft_context_limit",
+        "draft_stop_probability",
+        "draft_sample_method",
+        "prompt_lookup_min",
+    )
     silent = {name: value for name, value in HEAD.to_served().items() if name not in names}
     config = HeadConfig.read(write(tmp_path, silent))
     assert config.target_model_type is None
     assert config.draft_context_limit is None
     assert config.draft_stop_probability == 0
     assert config.draft_sample_method == "greedy"
+    assert config.prompt_lookup_min == 0
 
 
 SERVED = HEAD.to_served()
-LAYER = SERVED["transformer_layer_config"]
 
 # What the file holds, then the field, the found value and a word of what is expected in the message.
 BAD_CONFIGS: dict[str, tuple[object, str]] = {

@@ -219,6 +219,48 @@ def assert_served_is_trained(llm: Any, target_folder: Path, head_folder: Path) -
             torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_head_that_only_keeps_its_cache_leaves_that_of_a_hybrid_target_alone(
+    tokenizer: Path, tmp_path: Path, prefix_caching: bool
+) -> None:
+    from vllm import SamplingParams
+
+    target = write_target(tmp_path / "target", tokenizer, *TARGETS["gemma3"])
+    head = trainer(target, tmp_path).run()
+    no_drafts = {
+        "method": "griffin",
+        "model": str(head),
+        "num_speculative_tokens": K,
+        "num_speculative_tokens_per_batch_size": [(1, 16, 0)],
+    }
+    source = random.Random(2)
+    asked = [{"prompt_token_ids": source.choices(range(200), k=source.randint(5, 60))} for _ in range(12)]
+    # requests that end early give their blocks to those that were waiting
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=source.randint(5, 60),
+            ignore_eos=True,
+            detokenize=False,
+            # what a random model is likely to say depends little on what it remembers
+            logprobs=0,
+        )
+        for _ in asked
+    ]
+    likelihoods = []
+    for speculation in ({}, {"speculative_config": no_drafts}):
+        with engine(
+            model=str(target),
+            skip_tokenizer_init=True,
+            max_num_seqs=2,
+            enable_prefix_caching=prefix_caching,
+            **speculation,
+        ) as llm:
+            outputs = llm.generate(asked, parameters, use_tqdm=False)
+            likelihoods.append([output.outputs[0].cumulative_logprob for output in outputs])
+    assert likelihoods[1] == pytest.approx(likelihoods[0], abs=1e-3)
+
+
 def test_reduced_draft_vocabulary_takes_its_rows_from_embeddings_where_there_is_no_lm_head(
     tokenizer: Path, tmp_path: Path
 ) -> None:

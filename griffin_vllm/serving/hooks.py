@@ -260,6 +260,9 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
         config = original(args, target_model_config, target_parallel_config)
         # the way by which the head's config reaches the workers
         config.draft_model_config.hf_config.update(settings)
+        if "max_model_len" not in resolved:
+            # A head drafts at any position; beyond its own number vLLM would have no request draft beside a longer one.
+            config.draft_model_config.max_model_len = target_model_config.max_model_len
         return config
 
     create_speculative_config.griffin = True  # type: ignore[attr-defined]
@@ -344,8 +347,13 @@ def _sample_plainly_without_drafts(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-        if metadata.max_spec_len == 0 and getattr(self, "serves_griffin", False):
-            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        if getattr(self, "serves_griffin", False):
+            if metadata.max_spec_len == 0:
+                return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            if getattr(sampling_metadata, "logprob_token_ids", None):
+                last = metadata.bonus_logits_indices
+                first = last - last.new_tensor(metadata.num_draft_tokens)
+                return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
         return original(self, metadata, draft_probs, logits, sampling_metadata)
 
     forward.griffin = True  # type: ignore[attr-defined]
@@ -423,13 +431,16 @@ TOUCH_POINTS = (
             "EagleProposer.propose(num_speculative_tokens, common_attn_metadata, next_token_ids, target_token_ids, "
             "target_positions, target_hidden_states, token_indices_to_sample, sampling_metadata)",
             "EagleProposer._greedy_sample(hidden_states)",
+            "EagleProposer.initialize_attn_backend(kv_cache_config)",
         ),
         on_import=True,
     ),
     TouchPoint(
         "vllm.v1.sample.rejection_sampler",
         "RejectionSampler.forward",
-        "a step without drafts is sampled as plain vLLM does it; since 0.32 the V1 runner takes the long way",
+        "a step without drafts is sampled as plain vLLM does it; since 0.32 the V1 runner takes the long way. So is a "
+        "step in which a request asks for `logprob_token_ids`, where the original gives none or fails: it accepts no "
+        "drafts",
         _sample_plainly_without_drafts,
         ("RejectionSampler.forward(metadata, draft_probs, logits, sampling_metadata)",),
         on_import=True,
@@ -479,7 +490,11 @@ RELIED_ON = (
     "vllm.v1.attention.backend:CommonAttentionMetadata(num_reqs, max_seq_len, seq_lens_cpu_upper_bound, "
     "max_query_len, slot_mapping, query_start_loc_cpu)",
     "vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.num_prompt_tokens",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.discard_request_mask",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.requests",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata(num_draft_tokens, bonus_logits_indices)",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens(lm_head, hidden_states)",

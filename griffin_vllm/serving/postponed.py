@@ -2,9 +2,10 @@
 
 While a batch-size schedule asks for no drafts, each step adds one token a request to the head's KV cache and
 nothing reads it. Written step by step that costs more than its arithmetic: a pass over the head's weights for
-a handful of tokens, and everything vLLM does around a pass. All reads and writes of this cache are the
-proposer's own, so putting a write off until just before the next thing that it does there changes nothing,
-not even where a block has gone to another request in between.
+a handful of tokens, and everything vLLM does around a pass. Where the head's cache has its blocks to itself
+(``GriffinProposer.initialize_attn_backend``) all reads and writes there are the proposer's own, so putting a write off
+until just before the next thing that it does changes nothing, not even where a block has gone to another request in
+between.
 """
 
 from __future__ import annotations

@@ -21,11 +21,19 @@ if TYPE_CHECKING:
     from torch import nn
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.sample.metadata import SamplingMetadata
 
 
 class DraftedEnough(Exception):  # noqa: N818 - nothing went wrong
     """Leaves vLLM's drafting loop, whose length is fixed when it begins."""
+
+
+def _last_rows(metadata: CommonAttentionMetadata, token_indices_to_sample: torch.Tensor | None) -> list[int]:
+    """Of each request, which of the step's tokens is the last that was accepted."""
+    if token_indices_to_sample is None:
+        return [end - 1 for end in metadata.query_start_loc_cpu[1:].tolist()]
+    return token_indices_to_sample.tolist()
 
 
 class GriffinProposer(EagleProposer):
@@ -58,6 +66,12 @@ class GriffinProposer(EagleProposer):
     (asynchronous scheduling) has made room for K of each request already: there they are drafted for in
     a mixed batch and get zeros in a batch of their own, as ``_input_fits_in_drafter`` of vLLM's
     ``gpu_model_runner.py`` does it.
+
+    *Parts of a long prompt* get no drafts either, where the scheduler waits: it would drop them.
+
+    One thing it does less of for another reason: with ``min_tokens`` a request gets no more drafts than leave the
+    target's own token behind them below that length, for vLLM keeps *that* token from ending the answer whenever the
+    step began below it.
     """
 
     model: GriffinForCausalLM
@@ -74,7 +88,7 @@ class GriffinProposer(EagleProposer):
         self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
         self.lookup_min: int = getattr(head, "prompt_lookup_min", 0) if self.shapes_may_vary else 0
         self.context_limit: int | None = getattr(head, "draft_context_limit", None)
-        # A KV connector reads blocks behind the proposer's back.
+        # A KV connector reads blocks behind the proposer's back; see also initialize_attn_backend.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
         # Of each draft step of this round: tokens (requests,) and, where they were sampled, (requests, vocabulary).
@@ -111,6 +125,15 @@ class GriffinProposer(EagleProposer):
         if isinstance(embed_tokens, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embed_tokens.base_layer
 
+    def initialize_attn_backend(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Also see whether the cache's blocks are the head's own.
+
+        The groups of a hybrid target (Gemma 3) lie over each other in one memory, so a block that a request has given
+        back may hold the target's entries by the time that the head's are written.
+        """
+        super().initialize_attn_backend(kv_cache_config, *args, **kwargs)
+        self.may_postpone &= len(kv_cache_config.kv_cache_groups) == 1
+
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[list[int]]:
         """Drafts (requests, K or fewer); a list where requests get different numbers of them."""
         # Not every way below leads through vLLM's own loop.
@@ -118,12 +141,21 @@ class GriffinProposer(EagleProposer):
         wanted: int = kwargs["num_speculative_tokens"]
         near = self._within_limit(kwargs["common_attn_metadata"])
         all_far = self.steps_may_vary and not any(near)
+        most = [wanted if close else 0 for close in near]
+        ends: list[int] = []
+        if self.scheduler_waits:
+            ends = _last_rows(kwargs["common_attn_metadata"], kwargs["token_indices_to_sample"])
+            self._leave_out_unfinished_prompts(most, ends, **kwargs)
+            self._stay_below_min_tokens(most, ends, kwargs["target_positions"])
         self._texts, self._found, self._by_head = [], [[] for _ in near], [0] * len(near)
         self._goes_on = []
-        if wanted and not all_far and self.lookup_min:
-            self._texts = self._texts_so_far(**kwargs)
-            self._found = [continuation(text, self.lookup_min, wanted) for text in self._texts]
-        drafting = [close and not tokens for close, tokens in zip(near, self._found, strict=True)]
+        if any(most) and self.lookup_min:
+            self._texts = self._texts_so_far(ends, **kwargs)
+            self._found = [
+                continuation(text, self.lookup_min, k) if k else []
+                for text, k in zip(self._texts, most, strict=True)
+            ]
+        drafting = [k > 0 and not tokens for k, tokens in zip(most, self._found, strict=True)]
         idle = wanted == 0 or (self.steps_may_vary and not any(drafting))
         if idle and self._only_decodes(kwargs["common_attn_metadata"]):
             drafts = self._postpone(**kwargs)
@@ -136,10 +168,37 @@ class GriffinProposer(EagleProposer):
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
         lengths = self._likely_lengths(*drafts.shape)
-        if not any(self._found) and set(lengths) == {drafts.shape[1]} and (all(near) or all_far):
+        if not any(self._found) and {*lengths} == {drafts.shape[1]} and min(most) >= drafts.shape[1]:
             return drafts
-        rows = zip(near, self._found, drafts.tolist(), lengths, strict=True)
-        return [(tokens or row[:length]) if close else [] for close, tokens, row, length in rows]
+        rows = zip(most, self._found, drafts.tolist(), lengths, strict=True)
+        return [(tokens or row[:length])[:k] for k, tokens, row, length in rows]
+
+    def _leave_out_unfinished_prompts(
+        self,
+        most: list[int],
+        ends: Sequence[int],
+        *,
+        next_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        **_: Any,
+    ) -> None:
+        """A request whose prompt goes on in the next step wants no drafts in ``most``. vLLM says that its next token is
+        the prompt's last one; for the head's cache it is made the one after this step's part."""
+        text = self.runner.input_batch.token_ids_cpu
+        for i in self.runner.discard_request_mask.np[: len(most)].nonzero()[0].tolist():
+            most[i] = 0
+            next_token_ids[i] = int(text[i, int(target_positions[ends[i]]) + 1])
+
+    def _stay_below_min_tokens(
+        self, most: list[int], ends: Sequence[int], target_positions: torch.Tensor
+    ) -> None:
+        batch, requests = self.runner.input_batch, self.runner.requests
+        for i, request in enumerate(batch.req_ids[: len(most)]):
+            least = getattr(requests[request].sampling_params, "min_tokens", 0)
+            if least and most[i]:
+                answered = int(target_positions[ends[i]]) + 2 - int(batch.num_prompt_tokens[i])
+                if answered < least:
+                    most[i] = min(most[i], least - answered - 1)
 
     def _likely_lengths(self, requests: int, steps: int) -> list[int]:
         """Of each request the number of its drafts up to the one that made its chain too unlikely."""
@@ -157,27 +216,22 @@ class GriffinProposer(EagleProposer):
 
     def _texts_so_far(
         self,
+        ends: Sequence[int],
         *,
         target_token_ids: torch.Tensor,
         target_positions: torch.Tensor,
         next_token_ids: torch.Tensor,
-        token_indices_to_sample: torch.Tensor | None,
         common_attn_metadata: CommonAttentionMetadata,
         **_: Any,
     ) -> list[np.ndarray]:
         """Of each request what the runner had before this step, the step's accepted tokens, and what was sampled."""
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
-        lasts = (
-            [end - 1 for end in starts[1:]]
-            if token_indices_to_sample is None
-            else token_indices_to_sample.tolist()
-        )
         before = self.runner.input_batch.token_ids_cpu
         step, positions = target_token_ids.cpu().numpy(), target_positions.cpu().numpy()
         sampled = next_token_ids.cpu().numpy().astype(before.dtype)
         return [
-            np.concatenate([before[i, : positions[start]], step[start : last + 1], sampled[i : i + 1]])
-            for i, (start, last) in enumerate(zip(starts, lasts, strict=False))
+            np.concatenate([before[i, : positions[start]], step[start : end + 1], sampled[i : i + 1]])
+            for i, (start, end) in enumerate(zip(starts, ends, strict=False))
         ]
 
     def _with_certain_drafts(self, distributions: torch.Tensor | None) -> torch.Tensor | None:

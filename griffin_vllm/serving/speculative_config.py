@@ -269,6 +269,9 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
         )
     if target.runner_type != "generate":
         raise GriffinError.at(target.model, "runner", target.runner_type, "'generate'")
+    if target.enable_prompt_embeds:
+        # vLLM's drafters look up a prompt's tokens
+        raise GriffinError.at("vLLM", "enable_prompt_embeds", True, "False with a GRIFFIN head")
     if parallel.pipeline_parallel_size > 1:
         raise GriffinError.at(
             "vLLM", "pipeline_parallel_size", parallel.pipeline_parallel_size, "1 with a GRIFFIN head"

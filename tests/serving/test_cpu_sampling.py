@@ -36,6 +36,7 @@ if not current_platform.is_cpu():
 
 VOCAB = 8
 SAMPLES = 20_000
+PROMPT = [1, 2, 3, 4]
 # An honest sampler fails a comparison once in 10,000; a wrong one gives p-values that underflow.
 SIGNIFICANCE = 1e-4
 FILTERS: dict[str, dict[str, Any]] = {"none": {}, "top_k and top_p": {"top_k": 5, "top_p": 0.9}}
@@ -197,7 +198,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_head(
         folder,
         config.to_served(),
-        {name: 0.2 * torch.randn(shape) for name, shape in tensor_shapes(config).items()},
+        {name: 0.1 * torch.randn(shape) for name, shape in tensor_shapes(config).items()},
     )
     return folder
 
@@ -217,11 +218,11 @@ def reduced_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stopping_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
-    """Leaves the drafting loop after one token of two: its distributions are flat."""
+    """Ends some requests' chains after one token of two: its top probabilities are 0.40 to 0.56."""
     folder = tmp_path_factory.mktemp("stopping") / "griffin"
     shutil.copytree(head, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.9}))
+    (folder / "config.json").write_text(json.dumps(config | {"draft_stop_probability": 0.45}))
     return folder
 
 
@@ -260,6 +261,14 @@ def test_three_tokens_are_distributed_as_without_speculation(
 ) -> None:
     drawn = draw(speculating, FILTERS[filters])
     assert p_value(without_speculation[filters], drawn) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("speculating", ["probabilistic, stopping early"], indirect=True)
+def test_that_comparison_has_drafts_of_different_lengths_in_one_batch(
+    speculating: LLM, drafted: list[tuple[int, int]]
+) -> None:
+    draw(speculating, FILTERS["none"], samples=100)
+    assert {length for context, length in drafted if context == len(PROMPT) + 1} == {1, 2}
 
 
 @pytest.mark.parametrize("speculating", ["greedy"], indirect=True)
@@ -318,12 +327,12 @@ def sampling_engine(
     torch.set_num_threads(threads)
 
 
-def draw(llm: LLM, filters: dict[str, Any]) -> Counter[Tokens]:
+def draw(llm: LLM, filters: dict[str, Any], samples: int = SAMPLES) -> Counter[Tokens]:
     """How often each beginning of three tokens comes out, for one prompt."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True, detokenize=False, **filters)
-    answers = llm.generate([{"prompt_token_ids": [1, 2, 3, 4]}] * SAMPLES, params, use_tqdm=False)
+    answers = llm.generate([{"prompt_token_ids": PROMPT}] * samples, params, use_tqdm=False)
     return Counter(tuple(answer.outputs[0].token_ids) for answer in answers)
 
 

@@ -164,6 +164,42 @@ def test_steps_that_want_no_drafts_write_the_same_cache_together(
     torch.testing.assert_close(caches[0][1], caches[1][1])
 
 
+def test_the_parts_of_a_long_prompt_are_not_drafted_for_and_written_as_the_whole_is(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    steps = 0
+    greedy_sample = GriffinProposer._greedy_sample
+
+    def counted(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return greedy_sample(self, hidden_states)
+
+    monkeypatch.setattr(GriffinProposer, "_greedy_sample", counted)
+    head = tiny.write_uncertain_head(tmp_path / "head", tiny.CONFIG)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    caches = []
+    for part in (64, 256):
+        with engine(
+            model=target,
+            spec_model=f"griffin:{head}",
+            spec_tokens=K,
+            max_num_batched_tokens=part,
+            enable_chunked_prefill=True,
+        ) as llm:
+            steps = 0
+            llm.generate([LONG * 3], one, use_tqdm=False)
+            # after the prompt's last part
+            assert steps == K
+            caches.append(llm.collective_rpc(head_cache)[0])
+    assert caches[0].abs().sum() > 0
+    torch.testing.assert_close(*caches)
+
+
 def test_of_two_tokens_for_one_place_in_the_cache_the_later_one_is_written() -> None:
     from griffin_vllm.serving.postponed import PostponedWrites
 
@@ -223,6 +259,14 @@ def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_onc
     parameters = [
         SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for tokens in (120, 20, 20, 30)
     ]
+    texts = ["hello world", "how are you?", "and you?", "42"]
+
+    def answers(llm: LLM) -> list[list[int]]:
+        outputs = llm.generate(texts, parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    with engine(model=target, max_num_seqs=2) as llm:
+        plain = answers(llm)
     found = []
     for postponed in (True, False):
         if not postponed:
@@ -240,24 +284,11 @@ def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_onc
                 "num_speculative_tokens_per_batch_size": [(1, 1, K), (2, 16, 0)],
             },
         ) as llm:
-            answers = llm.generate(["hello world", "how are you?", "and you?", "42"], parameters)
-            found.append(([list(one.outputs[0].token_ids) for one in answers], spec_counters(llm)))
+            found.append((answers(llm), spec_counters(llm)))
     assert found[0] == found[1]
+    assert found[0][0] == plain
+    # the long one is alone for a while
     assert found[0][1]["num_accepted_tokens"] > 0
-
-
-def test_drafting_begins_again_when_the_batch_is_small_enough(target: str, tmp_path: Path) -> None:
-    head = tiny.write_head(tmp_path / "head")
-    schedule = {"num_speculative_tokens_per_batch_size": [(1, 1, K), (2, 16, 0)]}
-    with engine(model=target) as llm:
-        expected = ask(llm, "hello world", "how are you?")
-    with engine(
-        model=target,
-        speculative_config={"method": "griffin", "model": str(head), "num_speculative_tokens": K, **schedule},
-    ) as llm:
-        assert ask(llm, "hello world", "how are you?") == expected
-        assert ask(llm, "hello world") == expected[:1]
-        assert spec_counters(llm)["num_accepted_tokens"] > 0
 
 
 LIMIT = 60

@@ -301,7 +301,13 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
 
     assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)], 0.25)
     assert configured(spec_tokens=3) == (3, None, 0.0)
-    assert configured(dtype="bfloat16") == (tiny.CONFIG.num_speculative_tokens, None, 0.0)
+    recommended = tiny.CONFIG.num_speculative_tokens
+    assert configured(dtype="bfloat16") == (recommended, None, 0.0)
+    # it was measured with the head's own lookup, and another schedule wants another depth
+    assert configured(speculative_config={"prompt_lookup_min": 0}) == (recommended, None, 0.0)
+    schedule = [(1, 2, 1), (3, 4, 0)]
+    given = {"num_speculative_tokens_per_batch_size": schedule}
+    assert configured(speculative_config=given) == (recommended, schedule, 0.0)
 
 
 def test_one_request_alone_can_have_a_depth_of_its_own() -> None:

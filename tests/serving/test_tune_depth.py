@@ -14,6 +14,7 @@ from griffin_vllm.serving.tune_depth import (
     Depth,
     _recorded,
     _start_recording,
+    chains,
     choose_depth,
     drafts_made,
 )
@@ -59,6 +60,20 @@ def test_drafts_that_were_looked_up_cost_their_verification(lookup_ms: float, dr
 def test_nothing_is_chosen_from_nothing() -> None:
     assert choose_depth([], points(30, 33, 36), 2) == Depth(2, 0.0)
     assert choose_depth([SURE], points(30, 33), 1) == Depth(1, 0.0)
+
+
+def test_a_round_is_told_of_with_the_drafts_that_it_verified_with_an_engine_of_our_own() -> None:
+    # The prefill drafts for the first round, each round for the next one.
+    drafted = [([0.9, 0.8], 0), ([], 3), ([], 3), ([0.5], 2), ([0.4], 0)]
+    rounds = [(0.03125, [2]), (0.0625, [4]), (0.05, [1]), (0.06, [3])]
+    recorded = iter([[([0.1], 0)], drafted])  # what an earlier answer left is not of this one
+    engine: Any = SimpleNamespace(collective_rpc=lambda _: [next(recorded)])
+    assert chains(engine, iter(rounds)) == [
+        Chain([0.9, 0.8], 1, 2),
+        Chain([1.0, 1.0, 1.0], 3, 0, 62.5),
+        Chain([1.0, 1.0, 1.0], 0, 0),
+        Chain([0.5, 0.5, 0.5], 2, 1),
+    ]
 
 
 class Drafter:

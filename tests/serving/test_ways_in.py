@@ -163,8 +163,44 @@ def test_the_config_survives_the_way_to_the_workers(target: Path, head: Path) ->
     assert draft.get_head_size() == tiny.CONFIG.head_dim
 
 
+def test_a_head_drafts_wherever_its_target_goes_unless_the_operator_says_otherwise(
+    target: Path, tmp_path: Path
+) -> None:
+    short = tiny.CONFIG.model_copy(update={"max_position_embeddings": 64})
+    head = tiny.write_head(tmp_path / "head", short)
+
+    def drafts_up_to(**speculation: Any) -> int:
+        config = EngineArgs(
+            model=str(target), max_model_len=256, spec_model=f"griffin:{head}", speculative_config=speculation
+        ).create_engine_config()
+        return config.speculative_config.draft_model_config.max_model_len
+
+    assert drafts_up_to() == 256
+    assert drafts_up_to(max_model_len=32) == 32
+
+
+@pytest.mark.parametrize("sample_method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("draft_vocabulary", [None, 9])
+def test_greedy_drafts_of_a_reduced_vocabulary_are_left_to_the_model(
+    target: Path, head: Path, tmp_path: Path, sample_method: str, draft_vocabulary: int | None
+) -> None:
+    import torch
+
+    if draft_vocabulary:
+        head = convert(head, tmp_path / "head", draft_vocabulary=torch.arange(draft_vocabulary)).folder
+    config = EngineArgs(
+        model=str(target),
+        max_model_len=256,
+        spec_model=f"griffin:{head}",
+        speculative_config={"draft_sample_method": sample_method},
+    ).create_engine_config()
+    # vLLM's V2 runner refuses it for sampled drafts
+    wanted = bool(draft_vocabulary) and sample_method == "greedy"
+    assert config.speculative_config.use_local_argmax_reduction == wanted
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_the_reference_layout_is_converted_once(
+def test_the_reference_layout_is_converted_once_and_again_when_its_weights_change(
     target: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -181,10 +217,23 @@ def test_the_reference_layout_is_converted_once(
         (source / "pytorch_model.bin").unlink()
         save_file(tensors, source / "model.safetensors")
 
-    first = configured(model=str(target), spec_model=f"griffin:{source}")
-    assert first == configured(model=str(target), spec_model=f"griffin:{source}")
-    assert Path(first["head"]).parent == tmp_path / "cache/griffin"
-    stored = load_file(Path(first["head"]) / "model.safetensors")
+    def served() -> Path:
+        return Path(configured(model=str(target), spec_model=f"griffin:{source}")["head"])
+
+    first = served()
+    written = (first / "model.safetensors").stat()
+    assert served() == first
+    assert (first / "model.safetensors").stat() == written
+    assert first.parent == tmp_path / "cache/griffin"
+    stored = load_file(first / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+    tensors = {name: tensor + 1 for name, tensor in tensors.items()}
+    if suffix == ".safetensors":
+        save_file(tensors, source / "model.safetensors")
+    else:
+        torch.save(tensors, source / "pytorch_model.bin")
+    stored = load_file(served() / "model.safetensors")
     assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
 
     named = convert(source, tmp_path / "converted", target=str(target))

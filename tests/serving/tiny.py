@@ -38,7 +38,7 @@ CONFIG = HeadConfig(
 DISTURBANCE = 2.5
 
 
-def write_target(folder: Path, disturbance: float = DISTURBANCE) -> Path:
+def write_target(folder: Path) -> Path:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -46,8 +46,8 @@ def write_target(folder: Path, disturbance: float = DISTURBANCE) -> Path:
     target.model.embed_tokens.weight.data.normal_()
     target.lm_head.weight.data[torch.randperm(CONFIG.vocab_size)] = target.model.embed_tokens.weight.data
     for layer in target.model.layers:
-        layer.self_attn.o_proj.weight.data *= disturbance
-        layer.mlp.down_proj.weight.data *= disturbance
+        layer.self_attn.o_proj.weight.data *= DISTURBANCE
+        layer.mlp.down_proj.weight.data *= DISTURBANCE
     target.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head
-from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.checkpoints import (
     TrainingState,
@@ -32,39 +32,11 @@ from griffin_vllm.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from griffin_vllm.training.config import TrainConfig, describe_settings
+from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.export import model_card
-from griffin_vllm.training.loop import Trainer, learning_rate, plan_steps
-from griffin_vllm.training.run_folder import claim_output, with_precision
-from griffin_vllm.training.run_log import RunLog
+from griffin_vllm.training.loop import Trainer
 from tests.full_disk import full_disk, small_disk
-from tests.training.tiny import write_data
-
-BASE = {
-    "stages": [{"draft_steps": 1, "epochs": 2, "k_weight": 0.0}, {"draft_steps": 2, "epochs": 2}],
-    "batch_tokens": 256,
-    "learning_rate": 1e-3,
-    "soft_target_tokens": 16,
-    "precision": "fp32",
-    "validation_samples": 2,
-}
-
-
-HEAD = HeadConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=9,
-    draft_vocab_size=9,
-)
-
-
-def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
-    values = {**BASE, "target": str(target), "data": str(data), "output": str(output), **changes}
-    return TrainConfig.check(values, Path("settings.yaml"))
+from tests.training.tiny import settings, write_data
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,16 +55,28 @@ def losses(output: Path) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
+@pytest.fixture(scope="module")
+def finished(target: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing has interrupted."""
+    output = tmp_path_factory.mktemp("finished")
+    Trainer(settings(target, data, output)).run()
+    return output
+
+
 @pytest.mark.parametrize("method", ["griffin", "hass"])
 def test_finished_run_leaves_a_head_that_can_be_served(
-    method: str, target: Path, data: Path, tmp_path: Path
+    method: str, finished: Path, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder = Trainer(settings(target, data, tmp_path / "run", method=method)).run()
+    output = finished
+    if method == "hass":
+        output = tmp_path
+        Trainer(settings(target, data, output, method=method)).run()
+    folder = output / "head"
     card = (folder / "README.md").read_text()
     assert f"{method.upper()} draft head" in card
     assert "simulated acceptance length" in card
     manifest = TokenDataset(data, "train").manifest
-    counts, last = manifest.splits["train"], losses(tmp_path / "run")[-1]
+    counts, last = manifest.splits["train"], losses(output)[-1]
     assert f"| train data | {counts.samples} samples, {counts.tokens} tokens, {counts.answer_tokens} " in card
     assert f"| {manifest.sources[0].name} | {manifest.sources[0].sha256} | 12 | 0 |" in card
     assert f"| last training loss | {last:.3f} at step " in card
@@ -103,19 +87,6 @@ def test_finished_run_leaves_a_head_that_can_be_served(
         assert config["architectures"] == ["LlamaForCausalLM"]
         assert (config["num_speculative_tokens"], config["trained_context_length"]) == (5, 86)
         assert {"fc.weight", "layers.0.mlp.down_proj.weight"} <= weights(folder).keys()
-
-
-def test_card_of_a_long_run_shows_a_few_points_of_its_curves_up_to_the_last(data: Path) -> None:
-    log: list[dict[str, Any]] = []
-    for step in range(10, 1010, 10):
-        log.append({"kind": "train", "step": step, "loss": 1000 / step})
-        log.append({"kind": "validation", "step": step, "acceptance_length": 2.0, "accuracy": [0.5, 0.25]})
-    config = settings(Path("target"), data, Path("o"))
-    card = model_card(HEAD, config, TokenDataset(data, "train").manifest, log, None, 0)
-    rows = card.split("accuracy by draft step |\n")[1].splitlines()[1:]
-    assert 8 < len(rows) <= 16
-    assert rows[-1] == "| 1000 | 1.000 | 2.000 | 0.500, 0.250 |"
-    assert "simulated acceptance length" not in card
 
 
 @pytest.mark.parametrize("features", [None, "features"])
@@ -158,12 +129,10 @@ def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(target: 
 
 
 def test_features_from_disk_train_like_the_target_in_the_loop(
-    target: Path, data: Path, tmp_path: Path
+    finished: Path, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    runs = {"loop": None, "disk": str(tmp_path / "features")}
-    for name, features in runs.items():
-        Trainer(settings(target, data, tmp_path / name, features=features)).run()
-    found, expected = (losses(tmp_path / name) for name in ("disk", "loop"))
+    Trainer(settings(target, data, tmp_path / "disk", features=str(tmp_path / "features"))).run()
+    found, expected = losses(tmp_path / "disk"), losses(finished)
     assert len(expected) >= 2
     # features on disk are in bf16
     assert found == pytest.approx(expected, rel=1e-2)
@@ -319,109 +288,63 @@ def test_gradient_that_is_not_finite_in_the_last_step_is_never_saved(
     assert not (config.output / "head").exists()
 
 
-def test_log_that_ends_in_half_a_line_is_read_without_it(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0, writes=True)
-    log.write("train", 1, {"loss": 1.0})
-    log.write("train", 2, {"loss": 0.5})
-    whole = log.path.read_text()
-    log.path.write_text(whole + '{"kind": "train", "st')
-    assert [row["step"] for row in RunLog(tmp_path, 2, writes=True).rows()] == [1, 2]
-    assert log.path.read_text() == whole
-    assert [row["step"] for row in RunLog(tmp_path, 1, writes=True).rows()] == [1]
-
-
-def test_tensorboard_gets_the_accuracy_of_every_draft_step_and_the_speed(
-    target: Path, data: Path, tmp_path: Path
-) -> None:
-    Trainer(settings(target, data, tmp_path)).run()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+def test_tensorboard_gets_the_accuracy_of_every_draft_step_and_the_speed(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     expected = {"validation/acceptance_length", *(f"validation/accuracy/{n}" for n in range(1, 6))}
     assert expected | {"train/loss", "train/tokens_per_second"} <= set(events.Tags()["scalars"])
 
 
-def test_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n\0\0\0\n')
-    with pytest.raises(GriffinError, match=r"log\.jsonl: line 2 is damaged"):
-        RunLog(tmp_path, 1, writes=True)
+@contextlib.contextmanager
+def files_that_stop_growing_after_the_second_checkpoint(
+    folder: Path, _: Path
+) -> Iterator[Callable[[], None]]:
+    disk = contextlib.ExitStack()
+    folder.mkdir()
+
+    def save(checkpoints: Path, state: TrainingState) -> Path:
+        if state.step == 3:
+            disk.enter_context(full_disk(20_000))
+        return save_checkpoint(checkpoints, state)
+
+    with pytest.MonkeyPatch.context() as patch, disk:
+        patch.setattr("griffin_vllm.training.loop.save_checkpoint", save)
+
+        def make_room() -> None:
+            disk.close()
+            patch.undo()
+
+        yield make_room
 
 
-def test_full_disk_while_the_log_is_written_is_one_line_and_its_rows_stay(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, 0, writes=True)
-    log.write("train", 1, {"loss": 1.0})
-    with full_disk(40), pytest.raises(GriffinError, match=r"the log cannot be written \("):
-        log.write("train", 2, {"loss": 0.5})
-    with full_disk(20), pytest.raises(GriffinError, match=r"log\.jsonl: cannot be written \("):
-        RunLog(tmp_path, 1, writes=True)
-    assert [row["step"] for row in RunLog(tmp_path, 2, writes=True).rows()] == [1]
+@contextlib.contextmanager
+def disk_for_two_checkpoints(folder: Path, checkpoint: Path) -> Iterator[Callable[[], None]]:
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    with small_disk(folder, 2 * size + size // 2) as grow:
+        yield lambda: grow(8 * size)
 
 
-def test_full_disk_while_settings_are_written_leaves_a_folder_that_the_run_can_start_in(
-    data: Path, tmp_path: Path
-) -> None:
-    config = settings(Path("t"), data, tmp_path / "run")
-    with full_disk(), pytest.raises(GriffinError, match=r"config\.json: cannot be written \("):
-        claim_output(config)
-    assert list(config.output.iterdir()) == []
-    claim_output(config)
-
-
-def test_run_that_is_older_than_a_setting_has_its_default(data: Path, tmp_path: Path) -> None:
-    config = settings(Path("t"), data, tmp_path)
-    claim_output(config)
-    path = tmp_path / "config.json"
-    before = json.loads(path.read_text())
-    del before["noise"]
-    for stage in before["stages"]:
-        del stage["learning_rate"]
-    path.write_text(json.dumps(before))
-    claim_output(config)
-    with pytest.raises(GriffinError, match=r"config\.json: noise is 0\.2, expected 0\.5; name another"):
-        claim_output(config.model_copy(update={"noise": 0.5}))
-
-
+@pytest.mark.parametrize(
+    "disk", [files_that_stop_growing_after_the_second_checkpoint, disk_for_two_checkpoints]
+)
 def test_full_disk_ends_the_run_which_goes_on_where_it_was_when_there_is_room(
-    target: Path, data: Path, tmp_path: Path
+    disk: Any, finished: Path, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    changes = {"checkpoint_minutes": 1e-6}
-    config = settings(target, data, tmp_path / "full", **changes)
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as disk:
-
-        def fill_up_after_the_second(folder: Path, state: TrainingState) -> Path:
-            if state.step == 3:
-                disk.enter_context(full_disk(20_000))
-            return save_checkpoint(folder, state)
-
-        patch.setattr("griffin_vllm.training.loop.save_checkpoint", fill_up_after_the_second)
+    checkpoint = latest_checkpoint(finished / "checkpoints")
+    with disk(tmp_path / "disk", checkpoint) as make_room:
+        config = settings(target, data, tmp_path / "disk" / "run", checkpoint_minutes=1e-6)
         with pytest.raises(GriffinError, match=r"cannot be written .* the last good one is .*step-00000002"):
             Trainer(config).run()
-    found = weights(Trainer(config).run())
-    expected = weights(Trainer(settings(target, data, tmp_path / "whole", **changes)).run())
+        make_room()
+        found = weights(Trainer(config).run())
+    expected = weights(finished / "head")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_disk_that_is_really_full_ends_the_run_which_goes_on_when_there_is_room(
-    target: Path, data: Path, tmp_path: Path
-) -> None:
-    changes = {"checkpoint_minutes": 1e-6}
-    whole = Trainer(settings(target, data, tmp_path / "whole", **changes)).run()
-    checkpoint = latest_checkpoint(tmp_path / "whole" / "checkpoints")
-    assert checkpoint is not None
-    size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    with small_disk(tmp_path / "disk", 2 * size + size // 2) as grow:
-        config = settings(target, data, tmp_path / "disk" / "run", **changes)
-        with pytest.raises(GriffinError, match=r"cannot be written .* the last good one is .*step-00000002"):
-            Trainer(config).run()
-        grow(8 * size)
-        found = weights(Trainer(config).run())
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights(whole).items())
-
-
 def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
-    target: Path, data: Path, tmp_path: Path
+    finished: Path, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    changes = {"checkpoint_minutes": 1e-6}
-    config = settings(target, data, tmp_path / "damaged", **changes)
+    config = settings(target, data, tmp_path / "damaged", checkpoint_minutes=1e-6)
     with pytest.MonkeyPatch.context() as patch:
 
         def stop_at_the_fourth(folder: Path, state: TrainingState) -> Path:
@@ -440,109 +363,22 @@ def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
         Trainer(config).run()
     shutil.rmtree(latest)
     found = weights(Trainer(config).run())
-    expected = weights(Trainer(settings(target, data, tmp_path / "whole", **changes)).run())
+    expected = weights(finished / "head")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_output_of_another_run_is_refused(target: Path, data: Path, tmp_path: Path) -> None:
-    Trainer(settings(target, data, tmp_path / "run"))
-    with pytest.raises(GriffinError, match="seed is 0, expected 1"):
-        Trainer(settings(target, data, tmp_path / "run", seed=1))
-
-
-def test_run_does_not_go_on_with_other_data_at_the_same_place(target: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    config = settings(target, write_data(data, target), tmp_path / "run")
-    claim_output(config)
-    claim_output(config)
-    shutil.rmtree(data)
-    write_data(data, target, conversations=5)
-    with pytest.raises(GriffinError, match=r"inputs\.json: data is .*; name another output folder"):
-        claim_output(config)
-
-
-def test_run_does_not_go_on_with_another_head_of_the_same_name(
-    target: Path, data: Path, tmp_path: Path
+def test_run_in_bf16_multiplies_in_bf16_and_learns_the_same(
+    finished: Path, target: Path, data: Path, tmp_path: Path
 ) -> None:
-    config = settings(target, data, tmp_path / "run")
-    heads = [
-        open_head(Trainer(settings(target, data, tmp_path / str(seed), seed=seed)).run()) for seed in (0, 1)
-    ]
-    claim_output(config, heads[0])
-    with pytest.raises(GriffinError, match=r"inputs\.json: init_from is "):
-        claim_output(config, heads[1])
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_products_are_in_bf16_only_where_the_device_does_not_emulate_it(
-    monkeypatch: pytest.MonkeyPatch, native: bool
-) -> None:
-    monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device: native)
-    here = Path()
-    found = {
-        asked: with_precision(settings(here, here, here, precision=asked), torch.device("cpu")).precision
-        for asked in ("auto", "bf16", "fp32")
-    }
-    assert found == {"auto": "bf16" if native else "fp32", "bf16": "bf16", "fp32": "fp32"}
-
-
-def test_run_in_bf16_multiplies_in_bf16_and_learns_the_same(target: Path, data: Path, tmp_path: Path) -> None:
-    Trainer(settings(target, data, tmp_path / "fp32")).run()
     # in a process of its own: accelerate keeps one precision a process
     config = settings(target, data, tmp_path / "bf16", precision="bf16")
     done = subprocess.run(
         command(config, tmp_path / "bf16.yaml"), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found, expected = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    found, expected = losses(tmp_path / "bf16"), losses(finished)
     assert found == pytest.approx(expected, rel=0.05)
     assert found != pytest.approx(expected, rel=1e-6)
-
-
-def test_run_goes_on_in_its_precision_on_a_machine_of_the_other_kind(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings(Path("t"), data, tmp_path / "run", precision="auto")
-    for native in (True, False):
-        monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device, n=native: n)
-        found = with_precision(config, torch.device("cpu"))
-        assert found.precision == "bf16"
-        claim_output(found)
-
-
-def test_learning_rate_warms_up_and_anneals_to_zero() -> None:
-    config = settings(Path("t"), Path("d"), Path("o"), warmup=0.1)
-    rates = [learning_rate(config, config.learning_rate, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(config.learning_rate / 10)
-    assert max(rates) == pytest.approx(config.learning_rate)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.01 * config.learning_rate
-
-
-def test_stage_with_a_rate_of_its_own_warms_up_and_anneals_by_itself(data: Path) -> None:
-    peaks = {1: 5e-5, 2: 3e-5}
-    stages = [{"draft_steps": n, "epochs": 10, "learning_rate": peak} for n, peak in peaks.items()]
-    config = settings(Path("t"), data, Path("o"), stages=stages, warmup=0.1)
-    plan = plan_steps(TokenDataset(data, "train"), config)
-    for n, peak in peaks.items():
-        rates = [step.learning_rate for step in plan if step.stage.draft_steps == n]
-        assert rates == [learning_rate(config, peak, i, len(rates)) for i in range(len(rates))]
-        assert max(rates) == pytest.approx(peak)
-
-
-def test_stages_without_a_rate_share_one_schedule(data: Path) -> None:
-    config = settings(Path("t"), data, Path("o"))
-    rates = [step.learning_rate for step in plan_steps(TokenDataset(data, "train"), config)]
-    assert rates == [learning_rate(config, config.learning_rate, i, len(rates)) for i in range(len(rates))]
-
-
-def test_gradient_accumulation_splits_a_batch_of_the_same_size(
-    target: Path, data: Path, tmp_path: Path
-) -> None:
-    trainer = Trainer(settings(target, data, tmp_path / "run", gradient_accumulation=2))
-    step = plan_steps(trainer.train_data, trainer.config)[0]
-    assert len(step.micro_batches) == 2
-    assert sum(int(trainer.train_data.lengths[i]) for part in step.micro_batches for i in part) <= 256
 
 
 def test_accumulated_micro_batches_of_unequal_answers_train_like_one_batch(
@@ -559,28 +395,6 @@ def test_accumulated_micro_batches_of_unequal_answers_train_like_one_batch(
     found, expected = weights(parts.run()), weights(whole.run())
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-2, msg=name)
-
-
-def test_alignment_off_needs_no_quotes_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("target: t\ndata: d\noutput: o\n")
-    assert TrainConfig.load(path, ["--alignment", "off"]).alignment_rule == "off"
-
-
-def test_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("preset: small\ntarget: t\ndata: d\noutput: o\nseed: 3\n")
-    config = TrainConfig.load(path, ["--stages.0.epochs", "0.5", "--learning-rate=0.001"])
-    assert (config.seed, config.stages[0].epochs, config.learning_rate) == (3, 0.5, 0.001)
-    assert config.sampled_tokens == 4096
-
-
-def test_help_lists_every_setting_with_its_meaning() -> None:
-    shown = describe_settings()
-    names = {name for name, _, _ in shown}
-    assert {f"--{name}" for name in TrainConfig.model_fields} <= names
-    assert {"--stages.N.draft_steps", "--stages.N.learning_rate"} <= names
-    assert all(meaning for _, _, meaning in shown)
 
 
 def test_trainer_imports_no_vllm() -> None:

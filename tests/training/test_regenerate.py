@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
 import time
@@ -358,6 +359,45 @@ def test_prompts_without_ids_of_their_own_are_told_apart_and_stay_one_family_for
     assert sorted(record.family for record in found) == ["one", "one", "three", "two"]
     again = regenerate([endpoint.url], list(map(str, sources)), tmp_path / "out.jsonl", settings)
     assert (again.written, again.done_before) == (0, 4)
+
+
+def test_every_option_of_the_command_reaches_the_fake_endpoint(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path, *([f"question {i}", "and then?", "why?"] for i in range(12)))
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"id": "p2", "prompt": "x"}) + "\n")
+    out = tmp_path / "answers.jsonl"
+    command = [
+        "data",
+        "regenerate",
+        "--base-url",
+        endpoint.url,
+        "--model",
+        "target",
+        "--out",
+        str(out),
+        prompts,
+    ]
+    options = ["--temperature", "0", "--temperature", "0.8", "--max-tokens", "7", "--max-turns", "2"]
+    done = CliRunner().invoke(app, [*command, *options, "--limit", "8", "--exclude", str(heldout)])
+    assert done.exit_code == 0, done.output
+    asked = endpoint.requests[1:]
+    assert {request["temperature"] for request in asked} == {0, 0.8}
+    assert {request["max_tokens"] for request in asked} == {7}
+    assert "why?" not in endpoint.questions
+    answered = {json.loads(line)["id"] for line in out.read_text().splitlines()}
+    assert answered == {f"p{i}" for i in range(9)} - {"p2"}
+
+
+def test_two_runs_never_write_to_one_file_of_a_fake_endpoints_answers(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    with (tmp_path / "out.jsonl").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(GriffinError, match=r"out\.jsonl: another run is writing to it"):
+            run(tmp_path, write_prompts(tmp_path, "question"), endpoint)
+    assert not endpoint.questions
 
 
 def test_bad_arguments_are_one_line_of_the_command(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from griffin_vllm.config import HeadConfig
-from griffin_vllm.training.alignment import AlignmentMask
+from griffin_vllm.training.alignment import AlignmentMask, AlignmentRule
 from griffin_vllm.training.attention import (
     CPU_KERNEL,
     choose_attention,
@@ -29,6 +29,8 @@ CONFIG = HeadConfig(
     vocab_size=50,
     draft_vocab_size=50,
 )
+# Of 50 tokens: so many of a random head's are among them that the later steps have something to learn.
+TOP_K = 40
 CPU = torch.device("cpu")
 
 
@@ -39,7 +41,7 @@ def random_batch(rows: int = 2, T: int = 14, seed: int = 0) -> tuple[Batch, Shar
     features = torch.randn(rows, T + 1, 32, generator=generator)
     tokens = torch.randint(0, 50, (rows, T + 1), generator=generator)
     loss_mask = torch.zeros(rows, T, dtype=torch.bool)
-    loss_mask[:, 4:-1] = True
+    loss_mask[:, 2:-9] = loss_mask[:, -7:-1] = True  # two answers
     soft = soft_targets(features[:, 1:].flatten(0, 1), lm_head, 50)
     soft = SoftTargets(soft.ids.view(rows, T, 50), soft.probabilities.view(rows, T, 50))
     batch = Batch(features[:, :-1], features[:, 1:], tokens[:, :-1], tokens[:, 1:], soft, loss_mask)
@@ -105,18 +107,21 @@ def test_step_n_sees_what_a_decoder_sees_at_draft_n(kind: type[DraftHead]) -> No
         prefix = torch.cat([prefix, regress[:, -1:]], 1)
 
 
-def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits() -> None:
+@pytest.mark.parametrize(("rule", "detach"), [("reference", True), ("causal", True), ("reference", False)])
+def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits(
+    rule: AlignmentRule, detach: bool
+) -> None:
     batch, shared = random_batch()
     head = make_head(GriffinHead)
-    steps = DraftSteps(head, shared, alignment="reference", align_top_k=3, sampled_tokens=None, detach=True)
+    steps = DraftSteps(head, shared, alignment=rule, align_top_k=TOP_K, sampled_tokens=None, detach=detach)
     weights = StepWeights(v=1.0, p=0.1, k=0.5, decay=0.8)
     surrogate, _ = steps(batch, 3, weights, seed=0)
     surrogate.backward()
     found = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
     head.zero_grad()
 
-    embeddings, mask = shared.embed_tokens[batch.tokens], AlignmentMask(batch.loss_mask, "reference", 3)
-    inputs = [batch.features]
+    embeddings, mask = shared.embed_tokens[batch.tokens], AlignmentMask(batch.loss_mask, rule, TOP_K)
+    inputs, total = [batch.features], torch.zeros(())
     for step in range(3):
         streams = Streams()
         for features in inputs:
@@ -124,14 +129,17 @@ def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits(
         log_q = (predict @ shared.lm_head.T).log_softmax(-1)
         cross = -(batch.soft.probabilities * log_q.gather(-1, batch.soft.ids))
         learns = mask.learns
+        assert learns.any()
         count = learns.sum() + 1e-5
         p = (cross.sum(-1) * learns).sum() / count
         k = (cross[..., :10].sum(-1) * learns).sum() / count
         v = torch.nn.functional.smooth_l1_loss(regress, batch.feature_targets, reduction="none").mean(-1)
-        (0.8**step * ((v * learns).sum() / count + 0.1 * p + 0.5 * k)).backward()
-        top = log_q.topk(3).indices
+        total = total + 0.8**step * ((v * learns).sum() / count + 0.1 * p + 0.5 * k)
+        top = log_q.topk(TOP_K).indices
         mask.advance((top == batch.next_tokens[..., None]).any(-1))
-        inputs.append(next_stream(inputs[-1], regress).detach())
+        following = next_stream(inputs[-1], regress)
+        inputs.append(following.detach() if detach else following)
+    total.backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
@@ -203,20 +211,24 @@ def test_without_alignment_every_step_learns_from_the_whole_answer() -> None:
 
 
 def brute_force_rounds(head: DraftHead, shared: SharedWeights, batch: Batch, K: int) -> tuple[int, int]:
-    """Rounds and tokens of decoding row 0's answer one draft token at a time, as a server would."""
-    answer = [t for t in range(batch.tokens.shape[1]) if batch.loss_mask[0, t]]
-    t, rounds, tokens = answer[0] + 1, 0, 0
-    while t <= answer[-1]:
-        prefix, accepted = batch.features[:1, : t + 1], 0
-        embeddings = shared.embed_tokens[batch.tokens[:1]]
-        while accepted < K and t + accepted <= answer[-1]:
-            predict, regress = head(embeddings[:, : t + accepted + 1], prefix, Streams())
-            if (predict[0, -1] @ shared.lm_head.T).argmax() != batch.next_tokens[0, t + accepted]:
-                break
-            prefix = torch.cat([prefix, regress[:, -1:]], 1)
-            accepted += 1
-        rounds, tokens = rounds + 1, tokens + min(accepted + 1, answer[-1] - t + 1)
-        t += accepted + 1
+    """Rounds and tokens of decoding row 0's answers one draft token at a time, as a server would."""
+    embeddings = shared.embed_tokens[batch.tokens[:1]]
+    mask = [False, *batch.loss_mask[0].tolist(), False]
+    starts = [t for t in range(len(mask) - 2) if mask[t + 1] and not mask[t]]
+    ends = [t for t in range(len(mask) - 2) if mask[t + 1] and not mask[t + 2]]
+    rounds = tokens = 0
+    for start, end in zip(starts, ends, strict=True):
+        t = start + 1
+        while t <= end:
+            prefix, accepted = batch.features[:1, : t + 1], 0
+            while accepted < K and t + accepted <= end:
+                predict, regress = head(embeddings[:, : t + accepted + 1], prefix, Streams())
+                if (predict[0, -1] @ shared.lm_head.T).argmax() != batch.next_tokens[0, t + accepted]:
+                    break
+                prefix = torch.cat([prefix, regress[:, -1:]], 1)
+                accepted += 1
+            rounds, tokens = rounds + 1, tokens + min(accepted + 1, end - t + 1)
+            t += accepted + 1
     return rounds, tokens
 
 

@@ -19,8 +19,8 @@ from griffin_vllm.training.losses import Classes, token_losses
 from griffin_vllm.training.simulate import draft_hits
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
-from tests.training.test_loop import settings
 from tests.training.test_steps import make_head, random_batch
+from tests.training.tiny import settings
 
 V = 50
 DRAFTED = torch.arange(0, V, 3)

@@ -9,10 +9,35 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from griffin_vllm.config import HeadConfig
+from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import prepare
 from tests.training.chat_targets import write_target as write_tokenizer
 
 HIDDEN = 64
+# A run of seconds.
+SETTINGS: dict[str, Any] = {
+    "stages": [{"draft_steps": 1, "epochs": 2, "k_weight": 0.0}, {"draft_steps": 2, "epochs": 2}],
+    "batch_tokens": 256,
+    "learning_rate": 1e-3,
+    "soft_target_tokens": 16,
+    "precision": "fp32",
+    "validation_samples": 2,
+}
+HEAD = HeadConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=9,
+    draft_vocab_size=9,
+)
+
+
+def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    values = {**SETTINGS, "target": str(target), "data": str(data), "output": str(output), **changes}
+    return TrainConfig.check(values, Path("settings.yaml"))
 
 
 def write_target(folder: Path) -> Path:

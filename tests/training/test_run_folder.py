@@ -1,0 +1,131 @@
+"""What a run leaves in its folder, and what may go on there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from griffin_vllm.checkpoint import open_head, save_head, tensor_shapes
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.run_folder import claim_output, with_precision
+from griffin_vllm.training.run_log import RunLog
+from tests.full_disk import full_disk
+from tests.training.tiny import HEAD, settings, write_data
+
+
+def test_log_that_ends_in_half_a_line_is_read_without_it(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, writes=True)
+    log.write("train", 1, {"loss": 1.0})
+    log.write("train", 2, {"loss": 0.5})
+    whole = log.path.read_text()
+    log.path.write_text(whole + '{"kind": "train", "st')
+    assert [row["step"] for row in RunLog(tmp_path, 2, writes=True).rows()] == [1, 2]
+    assert log.path.read_text() == whole
+    assert [row["step"] for row in RunLog(tmp_path, 1, writes=True).rows()] == [1]
+
+
+def test_damaged_line_of_a_log_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n\0\0\0\n')
+    with pytest.raises(GriffinError, match=r"log\.jsonl: line 2 is damaged"):
+        RunLog(tmp_path, 1, writes=True)
+
+
+def test_full_disk_while_the_log_is_written_is_one_line_and_its_rows_stay(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, writes=True)
+    log.write("train", 1, {"loss": 1.0})
+    with full_disk(40), pytest.raises(GriffinError, match=r"the log cannot be written \("):
+        log.write("train", 2, {"loss": 0.5})
+    with full_disk(20), pytest.raises(GriffinError, match=r"log\.jsonl: cannot be written \("):
+        RunLog(tmp_path, 1, writes=True)
+    assert [row["step"] for row in RunLog(tmp_path, 2, writes=True).rows()] == [1]
+
+
+def test_full_disk_while_settings_are_written_leaves_a_folder_that_the_run_can_start_in(
+    data: Path, tmp_path: Path
+) -> None:
+    config = settings(Path("t"), data, tmp_path / "run")
+    with full_disk(), pytest.raises(GriffinError, match=r"config\.json: cannot be written \("):
+        claim_output(config)
+    assert list(config.output.iterdir()) == []
+    claim_output(config)
+
+
+def test_run_that_is_older_than_a_setting_has_its_default(data: Path, tmp_path: Path) -> None:
+    config = settings(Path("t"), data, tmp_path)
+    claim_output(config)
+    path = tmp_path / "config.json"
+    before = json.loads(path.read_text())
+    del before["noise"]
+    for stage in before["stages"]:
+        del stage["learning_rate"]
+    path.write_text(json.dumps(before))
+    claim_output(config)
+    with pytest.raises(GriffinError, match=r"config\.json: noise is 0\.2, expected 0\.5; name another"):
+        claim_output(config.model_copy(update={"noise": 0.5}))
+
+
+def test_run_does_not_go_on_with_other_data_at_the_same_place(target: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    config = settings(target, write_data(data, target), tmp_path / "run")
+    claim_output(config)
+    claim_output(config)
+    shutil.rmtree(data)
+    write_data(data, target, conversations=5)
+    with pytest.raises(GriffinError, match=r"inputs\.json: data is .*; name another output folder"):
+        claim_output(config)
+
+
+def test_run_does_not_go_on_with_another_head_of_the_same_name(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path / "run")
+    heads = []
+    for number in (0, 1):
+        weights = {name: torch.full(shape, float(number)) for name, shape in tensor_shapes(HEAD).items()}
+        save_head(tmp_path / str(number), HEAD.to_served(), weights)
+        heads.append(open_head(tmp_path / str(number)))
+    claim_output(config, heads[0])
+    with pytest.raises(GriffinError, match=r"inputs\.json: init_from is "):
+        claim_output(config, heads[1])
+
+
+def test_run_does_not_go_on_with_another_target_of_the_same_name(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(target, tmp_path / "target"))
+    config = settings(copy, data, tmp_path / "run")
+    claim_output(config)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GriffinError, match=r"inputs\.json: target is "):
+        claim_output(config)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_are_in_bf16_only_where_the_device_does_not_emulate_it_with_a_stand_in_for_its_answer(
+    monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device: native)
+    here = Path()
+    found = {
+        asked: with_precision(settings(here, here, here, precision=asked), torch.device("cpu")).precision
+        for asked in ("auto", "bf16", "fp32")
+    }
+    assert found == {"auto": "bf16" if native else "fp32", "bf16": "bf16", "fp32": "fp32"}
+
+
+def test_run_goes_on_in_its_precision_on_a_machine_of_the_other_kind_with_a_stand_in_for_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(Path("t"), data, tmp_path / "run", precision="auto")
+    for native in (True, False):
+        monkeypatch.setattr("griffin_vllm.training.run_folder.multiplies_bf16", lambda device, n=native: n)
+        found = with_precision(config, torch.device("cpu"))
+        assert found.precision == "bf16"
+        claim_output(found)
