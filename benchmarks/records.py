@@ -69,15 +69,31 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         type=_list_of(number_of_drafts),
         default=[5],
         metavar="K[,K]",
-        help="numbers; `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
+        help="numbers (default: 5); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
     )
-    add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]")
-    add("--concurrency", type=_list_of(int), default=[1], metavar="N[,N]", help="requests at a time")
-    add("--max-tokens", type=int, default=128, help="longest answer; answers end at EOS")
-    add("--max-model-len", type=int, default=2048)
-    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=False, help="do not compile")
-    add("--kv-cache-gib", type=float, default=1.0, help="GiB of KV cache")
+    add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]", help="default: 0")
+    add(
+        "--concurrency",
+        type=_list_of(int),
+        default=[1],
+        metavar="N[,N]",
+        help="requests at a time (default: 1)",
+    )
+    add("--max-tokens", type=int, default=128, help="longest answer, or up to EOS (default: %(default)s)")
+    add("--max-model-len", type=int, default=2048, help="longest prompt and answer (default: %(default)s)")
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16"),
+        help="of the target and the heads (default: %(default)s); a CPU with AVX2 only is slow in bfloat16",
+    )
+    add(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="do not compile: vLLM 0.32's CPU build compiles some bfloat16 models to nonsense (default: %(default)s)",
+    )
+    add("--kv-cache-gib", type=float, default=1.0, help="GiB of KV cache (default: %(default)s)")
     add("--json", type=Path, required=True, metavar="OUT.json", help="the record to write")
     parser.set_defaults(**defaults)
     return parser

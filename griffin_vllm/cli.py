@@ -22,8 +22,8 @@ class _OneLineErrors(TyperGroup):
         except (GriffinError, ModuleNotFoundError) as error:
             message = str(error)
             if isinstance(error, ModuleNotFoundError):
-                wanted = "vllm" if error.name == "vllm" else "'griffin-vllm[train]'"
-                message = f"the package {error.name} is missing: pip install {wanted}"
+                part = "Install" if error.name == "vllm" else "Train a head"
+                message = f"the package {error.name} is missing: see {part!r} in griffin-vllm's README"
             typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
 

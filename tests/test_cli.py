@@ -44,7 +44,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: 
     command = [sys.executable, "-c", code, "train", str(tmp_path / "head.yaml")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
-    assert run.stderr == "error: the package accelerate is missing: pip install 'griffin-vllm[train]'\n"
+    assert (
+        run.stderr
+        == "error: the package accelerate is missing: see 'Train a head' in griffin-vllm's README\n"
+    )
 
 
 def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(

@@ -207,7 +207,7 @@ def check_caches(caches: Mapping[Path, CacheManifest]) -> None:
     if need > free:
         raise GriffinError(
             f"{', '.join(map(str, caches))}: the feature cache takes {need / 1e9:.1f} GB more and the disk has "
-            f"{free / 1e9:.1f} GB free"
+            f"{free / 1e9:.1f} GB free; a smaller soft_target_tokens makes it smaller, without `features` there is none"
         )
 
 
