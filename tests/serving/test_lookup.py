@@ -72,8 +72,8 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
     found: list[list[int]] = []
     texts_so_far = proposer.GriffinProposer._texts_so_far
 
-    def noted_texts(self: Any, **kwargs: Any) -> list[np.ndarray]:
-        searched = texts_so_far(self, **kwargs)
+    def noted_texts(self: Any, *args: Any, **kwargs: Any) -> list[np.ndarray]:
+        searched = texts_so_far(self, *args, **kwargs)
         for request, text in zip(self.runner.input_batch.req_ids, searched, strict=True):
             prompt = self.runner.requests[request].prompt_token_ids
             assert text.tolist()[: len(prompt)] == prompt
