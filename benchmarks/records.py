@@ -69,17 +69,22 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         type=_list_of(number_of_drafts),
         default=[5],
         metavar="K[,K]",
-        help="numbers (default: 5); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
+        help="numbers (default: %(default)s); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
     )
-    add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]", help="default: 0")
+    add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]", help="default: %(default)s")
     add(
         "--concurrency",
         type=_list_of(int),
         default=[1],
         metavar="N[,N]",
-        help="requests at a time (default: 1)",
+        help="requests at a time (default: %(default)s)",
     )
-    add("--max-tokens", type=int, default=128, help="longest answer, or up to EOS (default: %(default)s)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=128,
+        help="longest answer (default: %(default)s); answers end at EOS",
+    )
     add("--max-model-len", type=int, default=2048, help="longest prompt and answer (default: %(default)s)")
     add(
         "--dtype",

@@ -260,7 +260,7 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
         config = original(args, target_model_config, target_parallel_config)
         # the way by which the head's config reaches the workers
         config.draft_model_config.hf_config.update(settings)
-        if "max_model_len" not in resolved:
+        if resolved.get("max_model_len") is None:
             # A head drafts at any position; beyond its own number vLLM would have no request draft beside a longer one.
             config.draft_model_config.max_model_len = target_model_config.max_model_len
         return config

@@ -37,7 +37,7 @@ def _last_rows(metadata: CommonAttentionMetadata, token_indices_to_sample: torch
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and five ways of doing less.
+    """vLLM's EAGLE proposer with what LoRA needs, and six ways of doing less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -168,7 +168,7 @@ class GriffinProposer(EagleProposer):
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
         lengths = self._likely_lengths(*drafts.shape)
-        if not any(self._found) and {*lengths} == {drafts.shape[1]} and min(most) >= drafts.shape[1]:
+        if not any(self._found) and set(lengths) == {drafts.shape[1]} and min(most) >= drafts.shape[1]:
             return drafts
         rows = zip(most, self._found, drafts.tolist(), lengths, strict=True)
         return [(tokens or row[:length])[:k] for k, tokens, row, length in rows]

@@ -462,13 +462,13 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(
         configure(models, spec_model=f"griffin:{head}")
 
 
-@pytest.mark.parametrize("method", ["draft_model", None])
+@pytest.mark.parametrize("method", ["eagle", "draft_model", None])
 def test_a_griffin_head_under_another_method_is_refused(models: Path, method: str | None) -> None:
     with pytest.raises(GriffinError, match=r"is a GRIFFIN head, given with .*; use griffin:"):
         configure(models, spec_method=method, spec_model=str(models / "head"), spec_tokens=2)
 
 
-@pytest.mark.parametrize("k", [129, 2.5, float("inf"), "three", True, [3]])
+@pytest.mark.parametrize("k", [0, 129, 2.5, float("inf"), "three", True, [3]])
 def test_numbers_of_draft_tokens_that_cannot_be(models: Path, k: Any) -> None:
     speculation = {"method": "griffin", "model": str(models / "head"), "num_speculative_tokens": k}
     expected = rf"num_speculative_tokens is {re.escape(repr(k))}, expected a whole number from 1 to 128"
@@ -528,10 +528,22 @@ def test_block_rejection_reaches_vllm_on_a_mocked_gpu(models: Path, monkeypatch:
     assert served.rejection_sample_method == "block"
 
 
-def test_two_numbers_of_draft_tokens_are_refused(models: Path) -> None:
-    speculation = {"method": "griffin", "model": str(models / "head"), "num_speculative_tokens": 4}
+def test_contradicting_ways_are_refused(models: Path) -> None:
+    head = str(models / "head")
+    with pytest.raises(GriffinError, match="give one of them"):
+        configure(
+            models, spec_model=f"griffin:{head}", speculative_config={"method": "griffin", "model": head}
+        )
+    with pytest.raises(GriffinError, match="method is 'eagle', expected 'griffin'"):
+        configure(models, spec_model=f"griffin:{head}", spec_method="eagle")
     with pytest.raises(GriffinError, match="num_speculative_tokens is 4: give one of them"):
-        configure(models, spec_tokens=2, speculative_config=speculation)
+        configure(
+            models,
+            spec_tokens=2,
+            speculative_config={"method": "griffin", "model": head, "num_speculative_tokens": 4},
+        )
+    with pytest.raises(GriffinError, match="model is None, expected a head"):
+        configure(models, speculative_config={"method": "griffin"})
 
 
 def test_a_target_of_another_family_is_refused(vllm: VllmCommand, models: Path, tmp_path: Path) -> None:

@@ -429,16 +429,26 @@ def test_same_input_gives_the_same_bytes(target: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_nothing_usable_is_one_error_and_leaves_the_old_dataset(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"[]", b"oops\n", b"\x1f\x8bxx", b"[{"])
+def test_nothing_usable_is_one_error_and_leaves_the_old_dataset(
+    content: bytes, target: Path, tmp_path: Path
+) -> None:
     prepare(
         str(target), [str(write_jsonl(tmp_path / "a.jsonl", *talks(5)))], tmp_path / "out", validation_share=0
     )
     bad = tmp_path / "bad.json"
-    bad.write_bytes(b"[]")
+    bad.write_bytes(content)
     with pytest.raises(GriffinError, match="no usable conversation"):
         prepare(str(target), [str(bad)], tmp_path / "out")
     assert len(TokenDataset(tmp_path / "out", "train")) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "bad.json", "out"]
+
+
+def test_folder_of_something_else_is_never_replaced(target: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "mine" / "a.jsonl", *talks(5))
+    with pytest.raises(GriffinError, match="--out"):
+        prepare(str(target), [str(file)], tmp_path / "mine")
+    assert file.exists()
 
 
 def damage_manifest(folder: Path, **fields: Any) -> None:

@@ -69,6 +69,12 @@ def test_run_that_is_older_than_a_setting_has_its_default(data: Path, tmp_path: 
         claim_output(config.model_copy(update={"noise": 0.5}))
 
 
+def test_output_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
+    claim_output(settings(Path("t"), data, tmp_path / "run"))
+    with pytest.raises(GriffinError, match="seed is 0, expected 1"):
+        claim_output(settings(Path("t"), data, tmp_path / "run", seed=1))
+
+
 def test_run_does_not_go_on_with_other_data_at_the_same_place(target: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     config = settings(target, write_data(data, target), tmp_path / "run")

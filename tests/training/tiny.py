@@ -24,15 +24,14 @@ SETTINGS: dict[str, Any] = {
     "precision": "fp32",
     "validation_samples": 2,
 }
-HEAD = HeadConfig(
-    hidden_size=HIDDEN,
-    intermediate_size=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    vocab_size=9,
-    draft_vocab_size=9,
-)
+# Of the target and of heads for it.
+SIZES: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+HEAD = HeadConfig(**SIZES, head_dim=16, vocab_size=9, draft_vocab_size=9)
 
 
 def settings(target: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -46,12 +45,9 @@ def write_target(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
+        **SIZES,
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.2,
         tie_word_embeddings=False,
