@@ -14,7 +14,7 @@ OPENMP := LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo-model serve test lint compat
-.PHONY: bench bench-acceptance bench-speed bench-load bench-round bench-report
+.PHONY: bench bench-acceptance bench-speed bench-vocabulary bench-load bench-round bench-report
 
 help:
 	@echo 'make serve [PORT=8000]  serve SmolLM2-135M-Instruct with its GRIFFIN head on 127.0.0.1'
@@ -102,7 +102,7 @@ ENGINE = --dtype $(DTYPE) --enforce-eager
 BENCH_SPEED = $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 64 --concurrency 1
 MEASURE = $(OPENMP) $(BIN)/python
 
-bench: bench-acceptance bench-speed bench-load bench-round bench-report
+bench: bench-acceptance bench-speed bench-vocabulary bench-load bench-round bench-report
 
 bench-acceptance: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods ngram,$(BENCH_HEADS) --num-speculative-tokens 3,5 \
@@ -134,6 +134,9 @@ bench-speed: $(REDUCED)/config.json
 	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 6 --max-tokens 128 --concurrency 1 \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --json $(RESULTS)/speed-more-prompts.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) --dtype float32 --enforce-eager --num-prompts 5 --turns 1 --max-tokens 128 \
+	  --concurrency 1 --methods none,griffin:$(TARGET) --num-speculative-tokens 8 \
+	  --json $(RESULTS)/speed-first-turns-fp32.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 4 --turns 1 --max-tokens 64 --concurrency 1 \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled-lookup.json
@@ -143,6 +146,18 @@ bench-speed: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 512 --concurrency 1 \
 	  --methods none,eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET) --num-speculative-tokens 3 \
 	  --json $(RESULTS)/speed-long.json
+
+# One head with draft vocabularies of several sizes.
+VOCABULARIES := 4096 8192 16384 32768
+comma := ,
+bench-vocabulary: $(INSTALLED) demo-model
+	for size in $(VOCABULARIES); do \
+	  [ -d runs/vocab-$$size ] || $(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) runs/vocab-$$size \
+	    --draft-vocab $$size --corpus $(BENCH_CORPUS) --target $(TARGET_FOLDER) || exit 1; \
+	done
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --num-speculative-tokens 3 \
+	  --methods none,$(subst $() ,,$(VOCABULARIES:%=griffin:runs/vocab-%$(comma)))griffin:$(HEADS)/griffin-$(TARGET) \
+	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
 bench-load: $(INSTALLED) demo-model
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --max-k 8 $(ENGINE) --explain
@@ -164,9 +179,10 @@ bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts speed-sampled-lookup \
+RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts \
+  speed-first-turns-fp32 speed-sampled-lookup \
   speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round startup
-HEADLINES = acceptance acceptance-lookup speed speed-more-prompts speed-by-load
+HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --details benchmarks/README.md --readme README.md \

@@ -60,7 +60,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
         f"{name} {ms:.1f}" for name, ms in row.get("time_per_output_token_ms_percentiles", {}).items()
     ),
     "ms to first token": lambda row: number(row, "time_to_first_token_ms", 0),
-    "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row)),
+    "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row, "speedup_ci")),
+    "without loops": lambda row: number(
+        row, "speedup_loop_free", 2, suffix=interval(row, "speedup_loop_free_ci")
+    ),
     "answers": lambda row: number(row, "num_answers", 0),
     "identical": lambda row: number(row, "identical", 0),
     "near-tie": lambda row: number(row, "near_tie", 0),
@@ -79,7 +82,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 SHOWN = {
     "acceptance": "data set, method, K, T, tau, tau without loops, accepted by position",
     "speed": "data set, method, K, T, requests at a time, tau, tokens/s, ms/token, of requests, "
-    "ms to first token, speedup",
+    "ms to first token, speedup, without loops",
     "losslessness": "data set, method, K, requests at a time, answers, identical, near-tie, wrong",
     "soak": "method, K, minutes, requests sent, finished, aborted, lost, answers, identical, near-tie, wrong, "
     "tau at first, tau at last, MiB grown",
@@ -94,8 +97,11 @@ OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     ),
     "speed": (
         "method, K, T, requests at a time",
-        "speed in units of plain decoding [95 % interval]",
-        lambda row: COLUMNS["speedup"](row),
+        "speed in units of plain decoding [95 % interval] (without loops, where that was counted)",
+        lambda row: (
+            COLUMNS["speedup"](row)
+            + (f" ({COLUMNS['without loops'](row)})" if "speedup_loop_free" in row else "")
+        ),
     ),
 }
 # field of a row -> title of the column of each of its groups
@@ -142,8 +148,8 @@ def number(row: dict[str, Any], field: str, digits: int, suffix: str = "") -> st
     return "" if value is None else f"{value:.{digits}f}{suffix}"
 
 
-def interval(row: dict[str, Any]) -> str:
-    return " [{:.2f}, {:.2f}]".format(*row["speedup_ci"]) if "speedup_ci" in row else ""
+def interval(row: dict[str, Any], field: str) -> str:
+    return " [{:.2f}, {:.2f}]".format(*row[field]) if field in row else ""
 
 
 def read_record(path: Path) -> Source:

@@ -15,7 +15,9 @@ Repeats are too few to be drawn from, so each draw is multiplied by a factor wit
 had between repeats (Student's t of repeats - 1 degrees of freedom, on the logarithm). With one repeat that
 spread is unknown and left out; two say so little about it that the interval is very wide. A second ``none``
 among the methods shows what the machine's noise alone does. ``samples`` holds what these two are computed from:
-tokens and seconds of the decoding phases, a line for each of ``repeats`` and a number for each of ``conversations``.
+tokens and seconds of the decoding phases, a line for each of ``repeats`` and a number for each of ``conversations``,
+and which of these ``loops``: has an answer whose token 4-grams repeat themselves, as ``acceptance.py`` counts it. At
+temperature 0 ``speedup_loop_free`` is the speedup on those that plain decoding does not loop in.
 
 ``host_overhead_share`` (a setting) of a plain step is the part in which no model runs (scheduling, input preparation,
 sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
@@ -48,6 +50,8 @@ from benchmarks.methods import Method, Run, head_digest, in_turn, runs, sampling
 from benchmarks.prompts import Conversation, PromptSet
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import read_json
+from griffin_vllm.training.chat import distinct_share
+from griffin_vllm.training.data import LOOP_THRESHOLD
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -69,6 +73,8 @@ COLUMNS = (
     "time_to_first_token_ms",
     "speedup",
     "speedup_ci",
+    "speedup_loop_free",
+    "speedup_loop_free_ci",
 )
 
 
@@ -87,11 +93,13 @@ class Sample:
 
     Attributes:
         tokens, seconds: of each conversation's decoding phases, turns added up.
+        loops: conversations with an answer that repeats itself.
         request_ms: milliseconds a token of each request's decoding phase.
     """
 
     tokens: dict[str, int]
     seconds: dict[str, float]
+    loops: set[str]
     request_ms: list[float]
     first_token_seconds: list[float]
     passes: int
@@ -108,6 +116,7 @@ class Sample:
         return cls(
             tokens,
             seconds,
+            {one.conversation for one in answers if distinct_share(one.tokens) < LOOP_THRESHOLD},
             [1000 * one.decode_seconds / one.decode_tokens for one in answers if one.decode_tokens],
             [one.times[0] for one in answers],
             sum(len(one.passes) for one in answers),
@@ -122,6 +131,7 @@ def columns(by_repeat: dict[int, Sample]) -> dict[str, Any]:
     names = list(by_repeat[repeats[0]].tokens)
     return {
         "conversations": names,
+        "loops": [name in by_repeat[repeats[0]].loops for name in names],
         "repeats": repeats,
         "tokens": [[by_repeat[repeat].tokens[name] for name in names] for repeat in repeats],
         "seconds": [[round(by_repeat[repeat].seconds[name], 4) for name in names] for repeat in repeats],
@@ -129,18 +139,19 @@ def columns(by_repeat: dict[int, Sample]) -> dict[str, Any]:
 
 
 def speedup(
-    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS
+    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS, *, loop_free: bool = False
 ) -> tuple[float, tuple[float, float]] | None:
-    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations;
-    None without a repeat that both have."""
+    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations, or
+    of those that do not loop in ``plain``; None without a repeat that both have, or without such conversations."""
     both = sorted(set(samples["repeats"]) & set(plain["repeats"]))
-    if not both:
+    chosen = [i for i, loops in enumerate(plain["loops"]) if not loops] if loop_free else slice(None)
+    if not both or chosen == []:
         return None
     sides = [
         [[side[field][side["repeats"].index(repeat)] for repeat in both] for field in ("tokens", "seconds")]
         for side in (samples, plain)
     ]
-    return paired_ratio(np.array(sides), draws)
+    return paired_ratio(np.array(sides)[..., chosen], draws)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,6 +330,8 @@ def _rows(
             compared := speedup(row["samples"], plain["samples"])
         ):
             row["speedup"], row["speedup_ci"] = compared[0], list(compared[1])
+            if cell.temperature == 0 and (free := speedup(row["samples"], plain["samples"], loop_free=True)):
+                row["speedup_loop_free"], row["speedup_loop_free_ci"] = free[0], list(free[1])
         rows[cell] = row
     return [rows[cell] for cell in sorted(rows)]
 

@@ -37,7 +37,7 @@ from griffin_vllm.config import HeadConfig
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.head import GriffinHead
-from griffin_vllm.training.loop import target_sizes
+from griffin_vllm.training.loop import sizes_like
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
@@ -168,7 +168,7 @@ def top_targets(features: Tensor, lm_head: Tensor) -> SoftTargets:
 
 
 def sizes(loaded: Target, tokens: int) -> HeadConfig:
-    return HeadConfig(**target_sizes(loaded.config) | {"max_position_embeddings": max(2048, tokens)})
+    return HeadConfig(**sizes_like(loaded.config) | {"max_position_embeddings": max(2048, tokens)})
 
 
 def our_step(

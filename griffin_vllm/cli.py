@@ -76,17 +76,20 @@ def data_prepare(
         typer.Argument(
             metavar="SOURCE",
             help="Files (ShareGPT JSON, or JSON lines with `messages` or `conversations`; gzip too), folders "
-            "written by save_to_disk, or Hub data sets org/name[:split].",
+            "written by save_to_disk, or Hub data sets org/name[[:configuration]:split].",
         ),
     ],
     target: Annotated[str, typer.Option(help="Checkpoint folder or Hub id of the target.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; replaced as a whole when all went well.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an old one is replaced when all went well.")],
     max_length: Annotated[int, typer.Option(help="Tokens a sample; what is longer is cut.")] = 2048,
     validation: Annotated[
         float, typer.Option(help="Share of conversations held out, chosen by a hash of their id.")
     ] = 0.02,
     loops: Annotated[
-        str, typer.Option(help="Answers that loop: `flag` keeps and marks them, `drop` leaves them out.")
+        str,
+        typer.Option(
+            help="Conversations with an answer that loops: `flag` keeps and marks them, `drop` leaves them out."
+        ),
     ] = "flag",
     loop_threshold: Annotated[
         float,
@@ -152,7 +155,9 @@ def data_regenerate(
     max_turns: Annotated[int, typer.Option(help="Answers a conversation.")] = 2,
     concurrency: Annotated[int, typer.Option(help="Conversations in flight, over all endpoints.")] = 64,
     attempts: Annotated[int, typer.Option(help="Tries of a request, with growing pauses.")] = 6,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many conversations only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first N conversations.", metavar="N")
+    ] = None,
     exclude: Annotated[
         list[Path] | None,
         typer.Option(help="Conversations never to ask (kept for evaluation), fragments of them included."),
@@ -216,8 +221,8 @@ def train(
     """Train a GRIFFIN, HASS or EAGLE head offline; the result is a folder that vLLM serves as it is.
 
     Every setting of CONFIG.yaml can be given on the command line too, nested ones with dots.
-    The same command continues a run that was stopped. `preset: small` or `preset: reference` in the file
-    starts from known settings. Several processes: `accelerate launch -m griffin_vllm.cli train ...`.
+    The same command continues a run that was stopped. `preset: small` or `preset: reference` starts from
+    known settings. Several processes: `accelerate launch -m griffin_vllm.cli train ...`.
 
     Example: griffin train small.yaml --method hass --stages.0.epochs 2 --output runs/hass
     """
@@ -312,7 +317,10 @@ def tune_head(
     name: Annotated[str, typer.Argument(help="Bundled name, folder or Hub id.", metavar="HEAD")],
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write; by default tuning.json in the head's folder, where it is used."),
+        typer.Option(
+            help="File to write, for servers whose environment names it as GRIFFIN_TUNING; by default tuning.json in "
+            "the head's folder, where it needs no naming."
+        ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts like yours, one a line.")] = None,
     max_k: Annotated[int, typer.Option(min=1, max=16, help="Most draft tokens to try.")] = 5,
@@ -334,7 +342,7 @@ def tune_head(
 
     from griffin_vllm.checkpoint import find_head, open_head
     from griffin_vllm.serving import tune as tuner
-    from griffin_vllm.serving.tuning import TUNING_FILE, check_writable, write_tuning
+    from griffin_vllm.serving.tuning import check_writable, tuning_file, write_tuning
 
     try:
         sizes = sorted({int(size) for size in batch_sizes.split(",")})
@@ -344,7 +352,7 @@ def tune_head(
         raise GriffinError.at("griffin tune", "--batch-sizes", batch_sizes, "whole numbers like 1,2,4")
     asked = tuner.read_prompts(prompts) if prompts else tuner.PROMPTS
     head = open_head(find_head(name))
-    path = out or head.folder / TUNING_FILE
+    path = out or tuning_file(head)
     check_writable(path)
     tuning = tuner.tune(
         target,

@@ -25,7 +25,7 @@ def write_demo_model(folder: Path) -> bool:
         return False
     if not may_be_replaced(folder):
         raise GriffinError(
-            f"{folder}: holds something that is not a checkpoint, expected no or an empty folder"
+            f"{folder}: holds something that is not a checkpoint, expected a new or an empty folder"
         )
     gguf = find_gguf()
 

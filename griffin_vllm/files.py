@@ -43,12 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_same(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], otherwise: str) -> None:
+def check_same(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
     """Raise GriffinError that names the first field of ``now`` that ``before`` (read from ``where``) has otherwise, and
-    what to do (``otherwise``)."""
+    what to do (``remedy``)."""
     for name, value in now.items():
         if before.get(name) != value:
-            raise GriffinError.at(where, name, before.get(name), f"{value!r}; {otherwise}")
+            raise GriffinError.at(where, name, before.get(name), f"{value!r}; {remedy}")
 
 
 def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:

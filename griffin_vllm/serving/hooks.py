@@ -39,7 +39,7 @@ SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33", prereleases=True)
 
 
 class DoesNotFitError(Exception):
-    """A touch point that is not where, or not what, it is in the versions that we know."""
+    """This vLLM is not what a touch point expects."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def register() -> None:
 
     if _parsed(vllm.__version__) not in SUPPORTED_VLLM and not _is_too_old(vllm.__version__):
         _log_once(
-            f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; trying all the same"
+            f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; continuing anyway"
         )
     for point in _points():
         if point.on_import and point.module not in sys.modules:
@@ -75,7 +75,7 @@ def register() -> None:
 
 
 def check_fits() -> None:
-    """Raise GriffinError if this vLLM is too old or something in it is not where, or not what, we know.
+    """Raise GriffinError if this vLLM is too old or is not what a touch point expects.
 
     Asked when GRIFFIN is, before a process for a model starts. What only workers import is imported here too,
     in a second or so: a worker that does not find it could only log that, and would then draft as EAGLE does.

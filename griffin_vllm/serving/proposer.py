@@ -91,14 +91,14 @@ class GriffinProposer(EagleProposer):
         # A KV connector reads blocks behind the proposer's back; see also initialize_attn_backend.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
-        # Of each draft step of this round: tokens (requests,) and, where they were sampled, (requests, vocabulary).
+        # Per draft step of this round: tokens (requests,) and, where they were sampled, (requests, vocabulary).
         self._drafts: list[torch.Tensor] = []
         self._draft_distributions: list[torch.Tensor] = []
         # Drafts of this round that are still to be made.
         self._missing = 0
         # Of each request's chain so far; 0 where nobody wants it.
         self._likelihood: torch.Tensor | float = 1.0
-        # Of each draft step but the last, whether a request's chain was still likely after it.
+        # Per draft step but the last: whether a request's chain was still likely after it.
         self._goes_on: list[torch.Tensor] = []
         # Of each request its text, drafts included, where that is searched; all of its drafts once they are found, and
         # how many of these the head has made.

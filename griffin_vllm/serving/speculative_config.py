@@ -33,7 +33,7 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import TUNING_FILE, precision, read_tuning
+from griffin_vllm.serving.tuning import precision, read_tuning, tuning_file
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -114,12 +114,13 @@ def resolve(
     head = open_head(find_head(_with_revision(model.removeprefix(PREFIX), given)))
     _check_fit(head, target, parallel)
     check_values(head)
+    given = {key: value for key, value in given.items() if value is not None}
     given = {**_tuned(given, spec_tokens, head, target), **given}
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
     _warn_of_emulation(target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
-    passed_on |= {key: given[key] for key in HEAD_SETTINGS if given.get(key) is not None}
+    passed_on |= {key: given[key] for key in HEAD_SETTINGS if key in given}
     if not given.get("use_local_argmax_reduction"):
         passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
     if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
@@ -137,7 +138,7 @@ def _tuned(
     tuning = None if asked else read_tuning(head, precision(target))
     if tuning is not None:
         return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability}
-    path = head.folder / TUNING_FILE
+    path = tuning_file(head)
     if path.is_file():
         other = "it was measured with other weights, another machine, vLLM or precision"
         logger.info(
@@ -188,7 +189,7 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
         if value == defaults[key]:
             continue
         if key == "rejection_sample_method" or key.startswith("synthetic_"):
-            _check_rejection_method(given)
+            _check_rejection_method(key, value)
         if key in _PASSED_ON or key in ("num_speculative_tokens", "revision"):
             continue
         if key == PROMPT_LOOKUP:
@@ -227,13 +228,13 @@ def _check_schedule(key: str, schedule: Any) -> None:
         raise GriffinError.at("speculative_config", key, schedule, f"{expected}: {reason}") from error
 
 
-def _check_rejection_method(given: Mapping[str, Any]) -> None:
+def _check_rejection_method(key: str, value: Any) -> None:
     if current_platform.is_cpu() or envs.VLLM_USE_V2_MODEL_RUNNER is False:
         raise GriffinError.at(
             "speculative_config",
-            "rejection_sample_method",
-            given.get("rejection_sample_method"),
-            "'standard' (others need vLLM's V2 model runner on a GPU)",
+            key,
+            value,
+            "rejection_sample_method 'standard' alone (others need vLLM's V2 model runner on a GPU)",
         )
 
 

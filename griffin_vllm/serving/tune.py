@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 # Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
 # slower server, the gain that is given up is small.
-WORTH_IT = 1.03
+LEAST_SPEEDUP = 1.03
 PASSES = 3
 # A larger K is worth measuring while the ones before it are at least so fast, compared with the best.
 GIVE_UP = 0.85
@@ -157,8 +157,8 @@ def measure(
         taken = list(decode(engine, islice(cycle(prompts), start, start + size), tokens))
         if not taken:
             raise GriffinError(
-                f"griffin tune: the first of {size} requests had its {tokens} tokens before the last was read; "
-                "give more --tokens or shorter prompts"
+                f"griffin tune: the first of {size} requests had its {tokens} tokens before the last one's prompt was "
+                "read; give more --tokens or shorter prompts"
             )
         passes.append(taken)
 
@@ -213,7 +213,7 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-        GriffinError: there is none, or the file cannot be read.
+        GriffinError: there is none, they are JSON, or the file cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -222,6 +222,8 @@ def read_prompts(path: Path) -> list[str]:
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise GriffinError(f"{path}: holds no prompts")
+    if prompts[0].lstrip().startswith(('{"', "[{")):
+        raise GriffinError.at(path, "first line", prompts[0], "the text of a prompt (one a line, not JSON)")
     return prompts
 
 
@@ -235,7 +237,7 @@ def choose(points: Sequence[Point]) -> list[tuple[int, int, int]]:
             if point.batch_size == size
         }
         best = max(own, key=lambda k: own[k])
-        k = best if own[best] >= WORTH_IT * own[0] else 0
+        k = best if own[best] >= LEAST_SPEEDUP * own[0] else 0
         first = schedule[-1][1] + 1 if schedule else 1
         if schedule and schedule[-1][2] == k:
             first = schedule.pop()[0]

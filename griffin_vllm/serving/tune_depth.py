@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
 # Worth a second thing that can go wrong; less is within the error of the costs.
-WORTH_IT = 1.01
+LEAST_GAIN = 1.01
 
 
 class Chain(NamedTuple):
@@ -71,7 +71,7 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
 
     depths = [Depth(point.num_speculative_tokens, t) for point in drafting for t in THRESHOLDS]
     best, plain = max(depths, key=speed), Depth(static, 0.0)
-    return best if speed(best) >= WORTH_IT * speed(plain) else plain
+    return best if speed(best) >= LEAST_GAIN * speed(plain) else plain
 
 
 def drafts_made(chain: Chain, depth: Depth) -> int:

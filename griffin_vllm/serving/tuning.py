@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 TUNING_FILE = "tuning.json"
+# Names the file instead, where the head's folder cannot be written, say.
+TUNING_VARIABLE = "GRIFFIN_TUNING"
 
 
 class Point(BaseModel):
@@ -63,15 +65,25 @@ def predicted_speed(point: Point) -> float:
     return 1000 * point.batch_size * point.acceptance_length / point.step_ms
 
 
+def tuning_file(head: Head) -> Path:
+    """Where the tuning of ``head`` is: what ``GRIFFIN_TUNING`` names, or ``tuning.json`` beside it."""
+    named = os.environ.get(TUNING_VARIABLE)
+    return Path(named) if named else head.folder / TUNING_FILE
+
+
 def read_tuning(head: Head, precision: str) -> Tuning | None:
-    """The tuning beside ``head``, unless it was made for other weights, another machine, vLLM or ``precision``.
+    """The tuning of ``head``, unless it was made for other weights, another machine, vLLM or ``precision``.
 
     Raises:
-        GriffinError: the file is damaged.
+        GriffinError: the file is damaged, or missing though ``GRIFFIN_TUNING`` names it.
     """
-    path = head.folder / TUNING_FILE
+    path = tuning_file(head)
     if not path.is_file():
-        return None
+        if path == head.folder / TUNING_FILE:
+            return None
+        raise GriffinError.at(
+            "environment", TUNING_VARIABLE, str(path), "a file that `griffin tune --out` wrote"
+        )
     try:
         tuning = Tuning.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

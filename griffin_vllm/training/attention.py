@@ -1,4 +1,4 @@
-"""Attention over the streams of multi-step training, in O(T^2 + nT) work and O(nT) memory.
+"""Attention over the streams of multi-step training, in O(T^2 + nT) work and, with a fused kernel, O(nT) memory.
 
 At draft step n (stream s = n - 1 is the newest) the query at position t sees stream 0 at every position
 <= t - s and each later stream i at the one position t - s + i: real features for the accepted prefix, the
@@ -57,7 +57,7 @@ def choose_attention(name: AttentionName, device: torch.device) -> Attention:
 
 
 def dense_stream_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """The definition, for any device: ``q`` and each of ``keys`` and ``values`` (B, H, T, D)."""
+    """The definition, for any device, in O(nT^2) memory: ``q`` and each of ``keys`` and ``values`` (B, H, T, D)."""
     mask = visible_positions(len(keys), q.shape[2], q.device)
     return F.scaled_dot_product_attention(q, torch.cat(list(keys), 2), torch.cat(list(values), 2), mask)
 
@@ -73,9 +73,11 @@ def visible_positions(streams: int, T: int, device: torch.device) -> Tensor:
 def fused_stream_attention(
     kernel: CausalKernel, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
-    """The same as :func:`dense_stream_attention` without the (T, nT) scores."""
+    """The same as :func:`dense_stream_attention` without its (T, nT) scores."""
     if len(keys) == 1:
         return F.scaled_dot_product_attention(q, keys[0], values[0], is_causal=True)
+    if q.shape[2] < len(keys):  # no query sees stream 0, and the CPU's kernel dies of none
+        return dense_stream_attention(q, keys, values)
     return _StreamAttention.apply(kernel, q, *keys, *values)
 
 

@@ -119,7 +119,9 @@ class TrainConfig(Section):
         "auto",
         description="of matrix products; weights are float32. auto: bf16 unless the device only emulates it",
     )
-    attention: AttentionName = Field("auto", description="auto, torch or xformers (CUDA only)")
+    attention: AttentionName = Field(
+        "auto", description="auto, torch or xformers (CUDA only, where torch takes more memory)"
+    )
     soft_target_tokens: PositiveInt | None = Field(
         32, description="the target's most likely tokens that make a soft target; null: the whole vocabulary"
     )
@@ -156,17 +158,23 @@ class TrainConfig(Section):
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         """Read a YAML file and apply command-line ``overrides`` (``--a.b value`` or ``--a.b=value``).
 
-        A ``preset`` key names a file of ``presets/`` whose values the file builds on.
+        ``preset``, in the file or among the overrides, names a file of ``presets/`` whose values the file builds on.
 
         Raises:
             GriffinError: unreadable, not YAML (with the line), an unknown option (with the nearest name),
                 or a value of the wrong kind.
         """
         values = read_yaml(path)
-        preset = values.pop("preset", None)
+        given = parse_overrides(overrides)
+        preset = dict(given).get("preset", values.pop("preset", None))
         if preset is not None:
             values = {**read_preset(str(preset)), **values}
-        for key, value in parse_overrides(overrides):
+        for key, value in given:
+            if key == "preset":
+                continue
+            if key.startswith("stages."):
+                default = cls.model_fields["stages"].default
+                values.setdefault("stages", [stage.model_dump() for stage in default])
             set_nested(values, key, value)
         return cls.check(values, path)
 
@@ -275,9 +283,7 @@ def set_nested(values: dict[str, Any], key: str, value: Any) -> None:
 
 def describe_settings() -> list[tuple[str, str, str]]:
     """Name, default and meaning of every setting, for the command line's help."""
-    rows = [
-        ("preset", "none", f"start from known settings (in the file only): {', '.join(sorted(presets()))}")
-    ]
+    rows = [("--preset", "none", f"known settings that the file builds on: {', '.join(sorted(presets()))}")]
     for name, info in TrainConfig.model_fields.items():
         rows.append(_described(f"--{name}", info))
         if name == "stages":

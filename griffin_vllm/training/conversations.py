@@ -115,7 +115,8 @@ def read_file(file: IO[bytes], source: str) -> Iterator[Record]:
 def read_dataset(source: str) -> Iterator[Record]:
     """Conversations of a Hugging Face data set: a folder written by ``save_to_disk``, or a Hub id.
 
-    A Hub id may name a split and is otherwise read from ``train``: ``org/name``, ``org/name:test``.
+    A Hub id may name a split, ``train`` if it does not, and a configuration: ``org/name``, ``org/name:test``,
+    ``org/name:configuration:test``.
 
     Raises:
         GriffinError: the library ``datasets`` is missing, or there is no such data set.
@@ -132,8 +133,8 @@ def read_dataset(source: str) -> Iterator[Record]:
             data = datasets.load_from_disk(str(folder))
             splits = list(data.values()) if isinstance(data, Mapping) else [data]
         else:
-            name, _, split = source.partition(":")
-            splits = [datasets.load_dataset(name, split=split or "train", streaming=True)]
+            name, *configuration, split = source.split(":") if ":" in source else (source, "")
+            splits = [datasets.load_dataset(name, *configuration, split=split or "train", streaming=True)]
     except Exception as error:  # the library and the Hub client have many kinds, and all mean the same here
         raise GriffinError(
             f"{source}: is neither a file nor a data set that could be opened ({GriffinError.reason(error)})"
@@ -156,8 +157,8 @@ def conversation(record: object) -> Conversation:
     ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
     ``token_ids`` and ``finish_reason``, and a record the ``family`` of the one that it was made from. Assistant
     turns before the first user turn are dropped (fragments begin with them); a conversation ends before its
-    first empty turn, and before the first turn that repeats
-    a role unless there are no answers at all.
+    first empty turn, before a system turn that is not its first, and before the first turn that repeats a role
+    unless there are no answers at all.
 
     Raises:
         RecordError: nothing usable is left.
@@ -173,7 +174,7 @@ def conversation(record: object) -> Conversation:
     kept: list[Turn] = []
     for turn in found[start:]:
         repeats = turn.role == (kept[-1].role if kept else "assistant")
-        if (repeats and not only_prompts) or not turn.content.strip():
+        if (repeats and not only_prompts) or turn.role == "system" or not turn.content.strip():
             break
         kept.append(turn)
     if not kept:

@@ -205,7 +205,7 @@ def prepare(
     ``exclude``: files of conversations that must not be used, with all of their families.
 
     Raises:
-        GriffinError: an option cannot be, the target or a source cannot be read, nothing usable is left, or ``out``
+        GriffinError: an option is out of range, target or a source cannot be read, nothing usable is left, or ``out``
             holds something else than a dataset or cannot be written; it is then untouched.
     """
     if max_length < 2:

@@ -61,7 +61,6 @@ def model_card(
     lines = [
         "---",
         "library_name: vllm",
-        "license: apache-2.0",
         f"base_model: {config.target}",
         "tags: [speculative-decoding, griffin]",
         "---",

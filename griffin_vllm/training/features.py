@@ -195,7 +195,10 @@ def check_caches(caches: Mapping[Path, CacheManifest]) -> None:
     need = 0
     for folder, manifest in caches.items():
         if not _matches(folder, manifest):
-            raise GriffinError(f"{folder}: holds features of another target or data set; name another folder")
+            raise GriffinError(
+                f"{folder}: holds features of another target or data set, or with another soft_target_tokens; "
+                "name another folder"
+            )
         need += 0 if (folder / SHARED).is_file() else manifest.shared_bytes
         for shard, run in enumerate(shards(manifest.lengths)):
             if not _shard_path(folder, shard).is_file():

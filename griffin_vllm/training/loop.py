@@ -114,7 +114,8 @@ class Trainer:
         self.hf_config = target_config(config.target)
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
-        self.soft_target_tokens = config.soft_target_tokens or self.hf_config.vocab_size
+        vocab_size = self.hf_config.vocab_size
+        self.soft_target_tokens = min(config.soft_target_tokens or vocab_size, vocab_size)
         self.start = None
         if config.init_from is not None:
             self.start = open_head(find_head(config.init_from), config.head_name)
@@ -177,11 +178,12 @@ class Trainer:
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
                 # after a stop: a launcher kills the processes that do not end within seconds of its signal
-                if self.answers and done % config.validate_every == 0:
+                if self.answers and done % config.validate_every == 0 and done < len(self.plan):
                     log.write("validation", done, acceptance_row(self.validate()))
         self._save(optimizer, done, seconds_before + time.monotonic() - clock)
         acceptance = self.validate() if self.answers else None
-        if acceptance is not None:
+        # a finished run that is run again has its last row
+        if acceptance is not None and not log.has("validation", done):
             log.write("validation", done, acceptance_row(acceptance))
         return self._export(acceptance, log)
 
@@ -430,12 +432,17 @@ def head_config(
     Raises:
         GriffinError: the sizes contradict each other, or ``start`` is not a head for ``target``.
     """
-    if start is not None:
-        sizes = start.config.model_dump()
-    else:
-        sizes = target_sizes(target)
-        for name in ("intermediate_size", "num_key_value_heads"):
-            sizes[name] = getattr(config, name) or sizes[name]
+    sizes = sizes_like(target) if start is None else start.config.model_dump()
+    for name in ("intermediate_size", "num_key_value_heads"):
+        wanted = getattr(config, name) or sizes[name]
+        if start is not None and wanted != sizes[name]:
+            raise GriffinError.at(
+                "settings", name, wanted, f"null, or {sizes[name]} as {config.init_from} has it"
+            )
+        sizes[name] = wanted
+    if start is None:
+        # above temperature 0 sampled drafts are accepted far more often (benchmarks/README.md)
+        sizes["draft_sample_method"] = "probabilistic"
     provenance = {
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),
@@ -449,7 +456,7 @@ def head_config(
     return head
 
 
-def target_sizes(target: Any) -> dict[str, Any]:
+def sizes_like(target: Any) -> dict[str, Any]:
     """Fields of a ``HeadConfig`` with the sizes of a target (its Hugging Face config)."""
     heads = target.num_attention_heads
     return {

@@ -24,7 +24,8 @@ class Classes:
     """The tokens that the draft distribution is normalised over, as rows of ``lm_head``.
 
     All of the vocabulary, or a sample of it: with ``tail`` sampled rows standing for ``tail_size`` tokens
-    their logits are raised by log(tail_size / tail), which makes the sum of exponentials unbiased.
+    their logits are raised by log(tail_size / tail), which makes the sum of exponentials unbiased. A rank counts
+    each of them as tail_size / tail tokens.
 
     ``weight`` (C, d); ``bias`` (C,) float32 or None; ``position`` (V,) int64, a token's row in ``weight``
     (only the rows that :meth:`sample` was asked to keep are meaningful); ``softcap`` of the logits.
@@ -64,6 +65,13 @@ class Classes:
         """(N, C) float32, for ``predict`` (N, d)."""
         logits = cap_logits((predict.to(self.weight.dtype) @ self.weight.T).float(), self.softcap)
         return logits if self.bias is None else logits + self.bias
+
+    def better(self, logits: Tensor, true: Tensor) -> Tensor:
+        """How many tokens are more likely than one of ``logits`` (N, C) that is no sampled one and has the logit
+        ``true`` (N, 1): (N,), an estimate where tokens are sampled."""
+        if self.bias is None:
+            return (logits > true).count_nonzero(-1)
+        return (logits > true + self.bias).float() @ self.bias.exp()
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def token_losses(
         with torch.no_grad():
             values = logits.detach()
             true = values.gather(1, classes.position[tokens[part]][:, None])
-            ok[part] = ((values > true).count_nonzero(-1) < align_top_k) & (tokens[part] >= 0)
+            ok[part] = (classes.better(values, true) < align_top_k) & (tokens[part] >= 0)
             ids = classes.position[targets.ids[part]]
             weights = targets.probabilities[part] * learns[part][:, None] / count
             normaliser = values.logsumexp(-1, keepdim=True)

@@ -119,8 +119,8 @@ def regenerate(
     chosen = list(prompts.values())[:limit]
     try:
         with (
-            _appending(out, "conversations") as (file, done),
-            _appending(refused, "reason") as (refused_file, refused_before),
+            _appending(out, "conversations", settings.model) as (file, done),
+            _appending(refused, "reason", settings.model) as (refused_file, refused_before),
         ):
             done |= refused_before
             waiting = [prompt for prompt in chosen if prompt.id not in done]
@@ -238,10 +238,11 @@ class _Run:
         self.failures_in_a_row = 0
         if len(answered) == len(turns):
             self.summary.skipped[reason.split(":")[0]] += 1
-            _append(self.refused, {"id": prompt.id, "reason": reason})
+            _append(self.refused, {"id": prompt.id, "model": self.settings.model, "reason": reason})
             return
         record = {
             "id": prompt.id,
+            "model": self.settings.model,
             "family": prompt.family,
             "conversations": answered,
             "temperature": temperature,
@@ -306,11 +307,12 @@ class _Run:
 class _appending:  # noqa: N801 - a context manager
     """``path`` opened for appending by this process alone, and the ids that it holds, of records with ``field``.
 
-    A last line that breaks off was being written when an earlier run died; it is removed.
+    Records of another ``model`` are refused; older ones do not say theirs. A last line that breaks off was being
+    written when an earlier run died; it is removed.
     """
 
-    def __init__(self, path: Path, field: str):
-        self.path, self.field = path, field
+    def __init__(self, path: Path, field: str, model: str):
+        self.path, self.field, self.model = path, field, model
 
     def __enter__(self) -> tuple[IO[bytes], set[str]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +350,13 @@ class _appending:  # noqa: N801 - a context manager
                 raise GriffinError(
                     f"{self.path}: line {number} is not a record of an earlier run; give another --out"
                 ) from error
+            if record.get("model", self.model) != self.model:
+                raise GriffinError.at(
+                    self.path,
+                    f"model of line {number}",
+                    record["model"],
+                    f"{self.model!r}, or give another --out",
+                )
             end += len(line)
         if not line.endswith(b"\n"):
             self.file.write(b"\n")

@@ -15,7 +15,9 @@ from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import target_digest
 
 SETTINGS, INPUTS = "config.json", "inputs.json"
-OTHERWISE = "name another output folder"
+REMEDY = "name another output folder"
+# What may differ when a run goes on: the weights that it ends with do not depend on it.
+MAY_CHANGE = {"validate_every", "validation_samples", "checkpoint_minutes"}
 
 
 def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -31,7 +33,8 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def claim_output(config: TrainConfig, start: Head | None = None) -> None:
-    """Make ``output`` this run's folder; a folder of a run with other settings or other inputs is refused.
+    """Make ``output`` this run's folder; a folder of a run with other settings (but for ``MAY_CHANGE``) or other
+    inputs is refused.
 
     ``start``: the head of ``init_from``. A folder that does not say its inputs, as older ones do not, is taken at its
     settings' word.
@@ -40,21 +43,22 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
         GriffinError: another run's folder (the first difference is named), or it cannot be written.
     """
     path = config.output / SETTINGS
-    settings = config.model_dump(mode="json")
     before = _settings_before(config)
     if before is not None:
-        check_same(path, before.model_dump(mode="json"), settings, OTHERWISE)
+        old, new = (one.model_dump(mode="json", exclude=MAY_CHANGE) for one in (before, config))
+        check_same(path, old, new, REMEDY)
     found = _inputs(config, start)
     inputs = config.output / INPUTS
     if inputs.is_file():
-        check_same(inputs, read_json(inputs), found, OTHERWISE)
+        check_same(inputs, read_json(inputs), found, REMEDY)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GriffinError(f"{config.output}: cannot be written ({GriffinError.reason(error)})") from error
-    for file, values in ((path, settings), (inputs, found)):
-        if not file.is_file():
-            write_whole(file, json.dumps(values, indent=2))
+    if before != config:
+        write_whole(path, json.dumps(config.model_dump(mode="json"), indent=2))
+    if not inputs.is_file():
+        write_whole(inputs, json.dumps(found, indent=2))
 
 
 def _settings_before(config: TrainConfig) -> TrainConfig | None:

@@ -27,7 +27,7 @@ class RunLog:
         rows = [row for row in self.rows() if row["step"] <= done]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         try:
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=done)
+            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=done + 1)
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -48,6 +48,9 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{curve}", number, step)
         except OSError as error:
             raise self._unwritten(error) from error
+
+    def has(self, kind: str, step: int) -> bool:
+        return any((row["kind"], row["step"]) == (kind, step) for row in self.rows())
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole row; what a process that died left of a last line is none."""

@@ -102,6 +102,9 @@ def test_a_planted_sleep_in_the_proposer_is_seen_and_plain_decoding_equals_itsel
     assert 25 <= percentiles[0] <= percentiles[1] <= percentiles[2]
 
 
+LOOPING = {"0", "1"}
+
+
 @contextmanager
 def synthetic_engines() -> Iterator[list[str]]:
     """Engines whose step times are drawn with a fixed seed and grow by a quarter with each draft, all of which are
@@ -122,7 +125,8 @@ def synthetic_engines() -> Iterator[list[str]]:
             for turn in range(len(conversation.turns)):
                 emitted = [1] + [1 + llm.drafts] * int(random.integers(10, 40))
                 steps = llm.step * random.lognormal(sigma=0.1, size=len(emitted))
-                tokens = [0] * sum(emitted)
+                count = sum(emitted)
+                tokens = [0] * count if conversation.id in LOOPING else list(range(count))
                 found.append(Answer(conversation.id, turn, 9, tokens, emitted, list(np.cumsum(steps))))
         return found
 
@@ -158,6 +162,20 @@ def test_plain_decoding_against_itself_contains_one_from_answers_to_record(tmp_p
     assert "speedup_ci" not in plain
     # four tokens in the time of 1.75
     assert ngram["speedup_ci"][0] <= 4 / 1.75 <= ngram["speedup_ci"][1]
+    # and the same on those conversations that plain decoding does not loop in
+    names = plain["samples"]["conversations"]
+    assert plain["samples"]["loops"] == [name in LOOPING for name in names]
+    sides = []
+    for row in (ngram, plain):
+        kept = [i for i, name in enumerate(names) if name not in LOOPING]
+        numbers = {
+            field: [[repeat[i] for i in kept] for repeat in row["samples"][field]]
+            for field in ("tokens", "seconds")
+        }
+        sides.append(row["samples"] | numbers)
+    ratio, bounds = speedup(sides[0], sides[1]) or (0, (0, 0))
+    assert [ngram["speedup_loop_free"], *ngram["speedup_loop_free_ci"]] == pytest.approx([ratio, *bounds])
+    assert ratio != ngram["speedup"]
 
 
 def test_a_row_at_the_best_k_of_a_tuning_record_stands_beside_the_fixed_one(tmp_path: Path) -> None:

@@ -488,8 +488,11 @@ def test_schedules_that_cannot_be(models: Path, schedule: Any) -> None:
 
 
 KEYS: dict[str, tuple[Any, str]] = {
-    "rejection_sample_method": ("block", "'block', expected 'standard'"),
-    "synthetic_acceptance_length": (2.0, "expected 'standard'"),
+    "rejection_sample_method": ("block", "'block', expected rejection_sample_method 'standard' alone"),
+    "synthetic_acceptance_length": (
+        2.0,
+        "synthetic_acceptance_length is 2.0, expected rejection_sample_method",
+    ),
     "use_heterogeneous_vocab": (True, "shares its target's vocabulary"),
     "parallel_drafting": (True, "drafts one token after the other"),
     "moe_backend": ("triton", "has no experts"),

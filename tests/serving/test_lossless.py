@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import torch
 
+from griffin_vllm.convert import convert
 from tests.serving import tiny
 from tests.serving.engines import engine, runner_of, spec_counters
 
@@ -151,23 +153,31 @@ def test_preempted_requests(compare: Compare) -> None:
     compare(ask, block_size=32, kv_cache_memory_bytes=3 * 14 * page, enable_prefix_caching=False)
 
 
+@pytest.mark.parametrize("schedule", [None, [(1, 4, K), (5, 16, 0)]])
 def test_every_way_of_drafting_less_at_once(
-    compare: Compare, tmp_path: Path, drafted: list[tuple[int, int]]
+    schedule: list[tuple[int, int, int]] | None,
+    compare: Compare,
+    tmp_path: Path,
+    drafted: list[tuple[int, int]],
 ) -> None:
     limit = 160
     options = {"prompt_lookup_min": 2, "draft_stop_probability": 0.7, "draft_context_limit": limit}
-    head = tiny.write_uncertain_head(tmp_path / "head", tiny.CONFIG.model_copy(update=options))
+    whole = tiny.write_uncertain_head(tmp_path / "whole", tiny.CONFIG.model_copy(update=options))
+    vocabulary = torch.tensor([i for i in range(tiny.CONFIG.vocab_size) if i % 5])
+    head = convert(whole, tmp_path / "head", draft_vocabulary=vocabulary).folder
     texts = prompts(8, length=40)
+    lengths = [sampling(max_tokens=150 - 10 * i) for i in range(8)]
     page = 32 * 2 * tiny.HIDDEN_SIZE * 4
 
     def ask(llm: LLM) -> list[list[Answer]]:
-        found = [generate(llm, texts, sampling(max_tokens=150)), generate(llm, texts[:1], sampling())]
+        found = [generate(llm, texts, lengths), generate(llm, texts[:1], sampling())]
         assert preemptions(llm) > 0
         return found
 
+    config = {"num_speculative_tokens_per_batch_size": schedule} if schedule else None
     compare(
         ask,
-        only_speculating={"spec_model": f"griffin:{head}"},
+        only_speculating={"spec_model": f"griffin:{head}", "speculative_config": config},
         block_size=32,
         kv_cache_memory_bytes=3 * 14 * page,
     )

@@ -18,6 +18,7 @@ from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, measure
 from griffin_vllm.serving.tune_depth import Chain, Depth
 from griffin_vllm.serving.tuning import (
     TUNING_FILE,
+    TUNING_VARIABLE,
     Point,
     Tuning,
     machine,
@@ -121,6 +122,18 @@ def test_a_damaged_tuning_is_named(head: Path) -> None:
         read_tuning(open_head(head), "float32")
 
 
+def test_a_file_that_the_environment_names_is_used_in_place_of_the_one_beside_the_head(
+    head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tuning(head / TUNING_FILE, tuning(head))
+    elsewhere = tmp_path / "elsewhere.json"
+    monkeypatch.setenv(TUNING_VARIABLE, str(elsewhere))
+    with pytest.raises(GriffinError, match=r"GRIFFIN_TUNING is '.*elsewhere\.json', expected a file"):
+        read_tuning(open_head(head), "float32")
+    write_tuning(elsewhere, tuning(head, num_speculative_tokens=2))
+    assert read_tuning(open_head(head), "float32") == tuning(head, num_speculative_tokens=2)
+
+
 def test_a_schedule_of_one_number_is_no_schedule(head: Path) -> None:
     assert tuning(head, schedule=[(1, 4, 1)]).speculative_config() == {"num_speculative_tokens": 1}
     assert tuning(head).speculative_config() == {
@@ -150,6 +163,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "prompts that are no text": (
         lambda here: ["--prompts", str(write(here / "bytes.txt", b"\xff\xfe"))],
         r"bytes\.txt: cannot be read \('utf-8' codec can't decode",
+    ),
+    "prompts that are JSON": (
+        lambda here: ["--prompts", str(write(here / "mt.jsonl", b'{"turns": ["Why?"]}'))],
+        r"mt\.jsonl: first line is '.*', expected the text of a prompt \(one a line, not JSON\)",
     ),
     "no target": (
         lambda here: [str(here / "nowhere"), str(here / "head")],
@@ -300,6 +317,8 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
         return config.num_speculative_tokens, config.num_speculative_tokens_per_batch_size, stop
 
     assert configured() == (found.num_speculative_tokens, [(1, 1, 2), (2, 2, 0)], 0.25)
+    nothing = {"num_speculative_tokens": None, "prompt_lookup_min": None}
+    assert configured(speculative_config=nothing) == configured()
     assert configured(spec_tokens=3) == (3, None, 0.0)
     recommended = tiny.CONFIG.num_speculative_tokens
     assert configured(dtype="bfloat16") == (recommended, None, 0.0)

@@ -341,7 +341,7 @@ def test_an_unknown_vllm_is_tried_with_a_warning_that_names_both_versions(
     monkeypatch.setattr(hooks, "_log_once", said.append)
     hooks.register()
     [line] = said
-    assert re.search(rf"made for vLLM .*0\.28.*, this is {re.escape(version)}; trying all the same", line)
+    assert re.search(rf"made for vLLM .*0\.28.*, this is {re.escape(version)}; continuing anyway", line)
     assert configured(model=str(target), spec_model=f"griffin:{head}", spec_tokens=K) == expected
 
 

@@ -193,14 +193,14 @@ def other_tokenizer() -> None:
     tokenizer.save_pretrained("target")
 
 
-def write_head(nan: bool = False, **sizes: int) -> None:
+def write_head(nan: bool = False, and_set: dict[str, int] | None = None, **sizes: int) -> None:
     vocab = json.loads(Path("target/config.json").read_text())["vocab_size"]
     config = HEAD.model_copy(update={"vocab_size": vocab, "draft_vocab_size": vocab} | sizes)
     tensors = {name: torch.zeros(shape) for name, shape in tensor_shapes(config).items()}
     if nan:
         tensors["fc.fc.bias"].fill_(torch.nan)
     save_head(Path("start"), config.to_served(), tensors)
-    configure(init_from="start")
+    configure(init_from="start", **(and_set or {}))
 
 
 def write_griffin_head_for_eagle() -> None:
@@ -320,6 +320,10 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "a head of another size to continue from": (
         lambda: write_head(hidden_size=128),
         "hidden_size is 128, expected 64 \\(the target's\\)",
+    ),
+    "another size than that of the head to continue from": (
+        lambda: write_head(and_set={"intermediate_size": 32}),
+        r"settings: intermediate_size is 32, expected null, or \d+ as start has it",
     ),
     "a head with NaN to continue from": (lambda: write_head(nan=True), r"tensor fc\.fc\.bias is 'NaN or inf"),
     "output below a file": (

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,11 @@ def test_arrays_one_behind_the_other_are_read_to_the_end() -> None:
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "no user turn to begin with"),
         (b'{"messages": [{"role": "user", "content": " "}]}', "no user turn to begin with"),
         (
+            b'{"messages": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, '
+            b'{"role": "assistant", "content": "x"}]}',
+            "no user turn to begin with",
+        ),
+        (
             b'{"messages": [{"role": "user", "content": "a"},'
             b' {"role": "assistant", "content": "b", "token_ids": [1.5]}]}',
             "token_ids is not a list of integers",
@@ -241,6 +247,25 @@ def test_hugging_face_dataset_saved_to_disk_is_read(tmp_path: Path) -> None:
     saved.save_to_disk(str(tmp_path / "saved"))
     found = list(read_source(str(tmp_path / "saved")))
     assert [contents(f)[1] for f in found] == [("assistant", "0"), ("assistant", "1")]
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "split"),
+    [
+        ("org/name", ("org/name",), "train"),
+        ("org/name:test", ("org/name",), "test"),
+        ("org/name:en:test", ("org/name", "en"), "test"),
+    ],
+)
+def test_hub_dataset_of_a_stand_in_for_the_library_is_asked_for_by_configuration_and_split(
+    source: str, arguments: tuple[str, ...], split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*asked: str, **options: Any) -> list[dict[str, str]]:
+        assert (asked, options) == (arguments, {"split": split, "streaming": True})
+        return [{"prompt": "a"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [contents(found) for found in read_source(source)] == [[("user", "a")]]
 
 
 def test_missing_datasets_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

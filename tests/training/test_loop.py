@@ -89,6 +89,18 @@ def test_finished_run_leaves_a_head_that_can_be_served(
         assert {"fc.weight", "layers.0.mlp.down_proj.weight"} <= weights(folder).keys()
 
 
+def test_every_validation_is_logged_once_also_when_a_finished_run_is_run_again(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path, validate_every=1)
+    for _ in range(2):
+        trainer = Trainer(config)
+        trainer.run()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["kind"] == "validation"]
+    assert steps == list(range(1, len(trainer.plan) + 1))
+
+
 @pytest.mark.parametrize("features", [None, "features"])
 def test_run_without_validation_answers_trains_and_says_so(
     features: str | None, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -169,6 +169,7 @@ def test_fake_endpoint_answers_turn_by_turn_and_token_ids_are_kept(
     ids = {"token_ids": [1, 2, 3, 4, 5, 6], "distinct_4grams": 1.0}
     assert written(tmp_path)["p0"] == {
         "id": "p0",
+        "model": "target",
         "family": "p0",
         "conversations": [
             {"from": "human", "value": "one"},
@@ -301,6 +302,19 @@ def test_excluded_families_are_not_sent_to_the_fake_endpoint(endpoint: FakeEndpo
     heldout.write_text('[{"id": "QWJhYvA_4", "prompt": "x"}]')
     run(tmp_path, str(prompts), endpoint, exclude=[heldout])
     assert list(written(tmp_path)) == ["hijklmn_0"]
+
+
+@pytest.mark.parametrize("prompt", ["a", "too long"])
+def test_answers_and_refusals_of_two_models_of_a_fake_endpoint_are_never_mixed(
+    prompt: str, endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path, prompt)
+    run(tmp_path, prompts, endpoint)
+    (file,) = tmp_path.glob("out*.jsonl")
+    before = file.read_text()
+    with pytest.raises(GriffinError, match=r"model of line 1 is 'target', expected 'other', or give another"):
+        run(tmp_path, prompts, endpoint, model="other")
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize(

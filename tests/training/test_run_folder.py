@@ -75,6 +75,15 @@ def test_output_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
         claim_output(settings(Path("t"), data, tmp_path / "run", seed=1))
 
 
+def test_run_may_go_on_with_another_validation_which_changes_no_weights(data: Path, tmp_path: Path) -> None:
+    claim_output(settings(Path("t"), data, tmp_path / "run"))
+    changed = settings(Path("t"), data, tmp_path / "run", validate_every=7, validation_samples=3)
+    claim_output(changed)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["validate_every"] == 7
+    with pytest.raises(GriffinError, match="seed is 0, expected 1"):
+        claim_output(changed.model_copy(update={"seed": 1}))
+
+
 def test_run_does_not_go_on_with_other_data_at_the_same_place(target: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     config = settings(target, write_data(data, target), tmp_path / "run")

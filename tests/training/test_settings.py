@@ -21,6 +21,18 @@ def test_command_line_overrides_the_file_and_the_file_overrides_the_preset(tmp_p
     assert config.sampled_tokens == 4096
 
 
+def test_command_line_can_name_the_preset_and_change_one_of_the_default_stages(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("target: t\ndata: d\noutput: o\nseed: 3\n")
+    small = TrainConfig.load(path, ["--seed", "4", "--preset", "small"])
+    assert (small.seed, small.sampled_tokens) == (4, 4096)
+    path.write_text("target: t\ndata: d\noutput: o\n")
+    stages = TrainConfig.load(path).stages
+    changed = TrainConfig.load(path, ["--stages.1.epochs", "7"]).stages
+    assert [stage.epochs for stage in changed] == [stages[0].epochs, 7, stages[2].epochs]
+    assert [stage.draft_steps for stage in changed] == [1, 2, 3]
+
+
 def test_help_lists_every_setting_with_its_meaning() -> None:
     shown = describe_settings()
     names = {name for name, _, _ in shown}

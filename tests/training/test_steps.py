@@ -53,10 +53,10 @@ def make_head(kind: type[DraftHead], dtype: torch.dtype = torch.float32) -> Draf
     return kind(CONFIG, choose_attention("auto", CPU)).to(dtype)
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4])
-def test_fused_attention_and_its_gradients_equal_the_dense_definition(streams: int) -> None:
+@pytest.mark.parametrize(("streams", "T"), [(1, 17), (2, 17), (4, 17), (4, 4), (4, 3), (5, 1)])
+def test_fused_attention_and_its_gradients_equal_the_dense_definition(streams: int, T: int) -> None:
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 17, 32, requires_grad=True) for _ in range(1 + 2 * streams)]
+    inputs = [torch.randn(2, 3, T, 32, requires_grad=True) for _ in range(1 + 2 * streams)]
     q, keys, values = inputs[0], inputs[1 : 1 + streams], inputs[1 + streams :]
     dense = dense_stream_attention(q, keys, values)
     fused = fused_stream_attention(CPU_KERNEL, q, keys, values)
@@ -165,6 +165,30 @@ def test_sampled_vocabulary_estimates_the_full_cross_entropy() -> None:
         p(Classes.sample(lm_head, keep, 300, torch.Generator().manual_seed(seed))) for seed in range(20)
     ]
     assert abs(sum(sampled) / 20 - p(Classes.all(lm_head))) < 0.01
+
+
+@pytest.mark.parametrize(("ahead", "aligned"), [(1.0, True), (-0.1, False)])
+def test_a_sampled_token_counts_for_all_that_it_stands_for_when_a_draft_is_aligned(
+    ahead: float, aligned: bool
+) -> None:
+    """Its raised logit, 2.3 here, is not what the true token has to beat."""
+    lm_head = torch.ones(101, 1)
+    lm_head[0] += ahead
+    keep = torch.arange(101) == 0
+    classes = Classes.sample(lm_head, keep, 10, torch.Generator().manual_seed(0))
+    targets, one = SoftTargets(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)), torch.ones(1, 1)
+    found = token_losses(
+        one,
+        classes,
+        targets,
+        torch.zeros(1, dtype=torch.int64),
+        torch.ones(1, dtype=torch.bool),
+        torch.tensor(1.0),
+        p_weight=0.1,
+        k_weight=0.5,
+        align_top_k=15,
+    )
+    assert found.ok.tolist() == [aligned]
 
 
 def test_chunks_of_rows_give_the_same_losses_and_gradient() -> None:
