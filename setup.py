@@ -22,7 +22,7 @@ setup(
     package_data={
         "griffin_vllm": [
             "py.typed",
-            "heads/*/*.json",
+            "heads/*/config.json",
             "heads/*/*.safetensors",
             "heads/*/README.md",
             "training/presets/*.yaml",

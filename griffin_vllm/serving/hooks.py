@@ -238,9 +238,16 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
 
     @functools.wraps(original)
     def create_speculative_config(
-        self: EngineArgs, target_model_config: Any, target_parallel_config: Any
+        self: EngineArgs, target_model_config: Any, target_parallel_config: Any, *args: Any, **kwargs: Any
     ) -> SpeculativeConfig | None:
-        from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
+        try:
+            from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
+        except ImportError:
+            # this vLLM lacks something that nobody needs who does not ask for GRIFFIN
+            if not _asks_for_griffin(self):
+                return original(self, target_model_config, target_parallel_config, *args, **kwargs)
+            check_fits()
+            raise
 
         resolved = resolve(
             self.speculative_config,
@@ -251,13 +258,13 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
             target_parallel_config,
         )
         if resolved is None:
-            return original(self, target_model_config, target_parallel_config)
+            return original(self, target_model_config, target_parallel_config, *args, **kwargs)
         check_fits()
         settings = {key: resolved.pop(key) for key in HEAD_SETTINGS if key in resolved}
-        args = copy.copy(self)
-        args.speculative_config = resolved
-        args.spec_method = args.spec_model = args.spec_tokens = None
-        config = original(args, target_model_config, target_parallel_config)
+        asked = copy.copy(self)
+        asked.speculative_config = resolved
+        asked.spec_method = asked.spec_model = asked.spec_tokens = None
+        config = original(asked, target_model_config, target_parallel_config, *args, **kwargs)
         # the way by which the head's config reaches the workers
         config.draft_model_config.hf_config.update(settings)
         if resolved.get("max_model_len") is None:
@@ -269,6 +276,14 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     engine_args.create_speculative_config = create_speculative_config
 
 
+def _asks_for_griffin(args: EngineArgs) -> bool:
+    given = args.speculative_config or {}
+    models = (args.spec_model, given.get("model"))
+    return METHOD in (args.spec_method, given.get("method")) or any(
+        isinstance(model, str) and model.startswith(PREFIX) for model in models
+    )
+
+
 def _ask_for_a_target(arg_utils: ModuleType) -> None:
     engine_args = arg_utils.EngineArgs
     original = engine_args.create_model_config
@@ -276,14 +291,14 @@ def _ask_for_a_target(arg_utils: ModuleType) -> None:
         return
 
     @functools.wraps(original)
-    def create_model_config(self: EngineArgs) -> ModelConfig:
+    def create_model_config(self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
         speculation = self.speculative_config
         if self.model is None and isinstance(speculation, dict) and speculation.get("method") == METHOD:
             raise GriffinError(
                 f"{speculation['model']}: names no target, so it cannot be served alone; "
                 f"serve the target with --speculative-model {PREFIX}{speculation['model']}"
             )
-        return original(self)
+        return original(self, *args, **kwargs)
 
     create_model_config.griffin = True  # type: ignore[attr-defined]
     engine_args.create_model_config = create_model_config
@@ -346,7 +361,15 @@ def _sample_plainly_without_drafts(module: ModuleType) -> None:
         return
 
     @functools.wraps(original)
-    def forward(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
+    def forward(
+        self: Any,
+        metadata: Any,
+        draft_probs: Any,
+        logits: Any,
+        sampling_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if getattr(self, "serves_griffin", False):
             if metadata.max_spec_len == 0:
                 return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
@@ -354,7 +377,7 @@ def _sample_plainly_without_drafts(module: ModuleType) -> None:
                 last = metadata.bonus_logits_indices
                 first = last - last.new_tensor(metadata.num_draft_tokens)
                 return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
-        return original(self, metadata, draft_probs, logits, sampling_metadata)
+        return original(self, metadata, draft_probs, logits, sampling_metadata, *args, **kwargs)
 
     forward.griffin = True  # type: ignore[attr-defined]
     rejection_sampler.forward = forward
@@ -474,6 +497,7 @@ TOUCH_POINTS = (
 
 # Our modules that only workers import, with what vLLM or we ask them for: their imports from vLLM must work.
 OUR_IMPORTS = (
+    "griffin_vllm.serving.speculative_config:resolve",
     "griffin_vllm.serving.model:GriffinForCausalLM",
     "griffin_vllm.serving.proposer:GriffinProposer",
 )

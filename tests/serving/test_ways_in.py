@@ -398,6 +398,18 @@ def test_misfit_of_a_worker_module_is_refused(
         configured(model=str(target), spec_model=f"griffin:{head}")
 
 
+def test_a_vllm_that_lacks_what_the_config_needs_still_starts_without_griffin(
+    target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "griffin_vllm.serving.speculative_config")
+    monkeypatch.setitem(sys.modules, "vllm.v1.spec_decode.dynamic.utils", None)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    for other in ({}, {"speculative_config": ngram}):
+        EngineArgs(model=str(target), max_model_len=256, **other).create_engine_config()
+    with pytest.raises(GriffinError, match=r"does not fit vLLM .*speculative_config"):
+        configured(model=str(target), spec_model=f"griffin:{head}")
+
+
 def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
     class Base:
         def __init__(self) -> None:
