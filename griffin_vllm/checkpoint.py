@@ -103,6 +103,11 @@ def bundled_heads() -> list[str]:
     return sorted(path.parent.name for path in BUNDLED_HEADS.glob(f"*/{CONFIG_FILE}"))
 
 
+def asks_for_griffin(method: Any, model: Any) -> bool:
+    """Whether a speculative ``method`` and ``model``, each as an operator gave it or None, mean a GRIFFIN head."""
+    return method == METHOD or (isinstance(model, str) and model.startswith(PREFIX))
+
+
 def find_head(name: str) -> Path:
     """Folder of the head called ``name``: bundled name, folder, or Hub id ``org/name[@revision]``, with or without
     ``griffin:`` before it.

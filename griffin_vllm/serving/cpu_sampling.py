@@ -127,8 +127,8 @@ def mend_launchers(cpu_model_runner: Any) -> None:
         return
 
     @functools.wraps(original)
-    def postprocess(self: Any) -> None:
-        original(self)
+    def postprocess(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
         from vllm.v1.sample import rejection_sampler
         from vllm.v1.spec_decode import utils
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from griffin_vllm.checkpoint import PREFIX
+from griffin_vllm.checkpoint import PREFIX, asks_for_griffin
 from griffin_vllm.config import ARCHITECTURE, METHOD
 from griffin_vllm.errors import GriffinError
 
@@ -244,7 +244,9 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
             from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
         except ImportError:
             # this vLLM lacks something that nobody needs who does not ask for GRIFFIN
-            if not _asks_for_griffin(self):
+            given = self.speculative_config or {}
+            asked_for = (self.spec_method or given.get("method"), self.spec_model or given.get("model"))
+            if not asks_for_griffin(*asked_for):
                 return original(self, target_model_config, target_parallel_config, *args, **kwargs)
             check_fits()
             raise
@@ -276,14 +278,6 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     engine_args.create_speculative_config = create_speculative_config
 
 
-def _asks_for_griffin(args: EngineArgs) -> bool:
-    given = args.speculative_config or {}
-    models = (args.spec_model, given.get("model"))
-    return METHOD in (args.spec_method, given.get("method")) or any(
-        isinstance(model, str) and model.startswith(PREFIX) for model in models
-    )
-
-
 def _ask_for_a_target(arg_utils: ModuleType) -> None:
     engine_args = arg_utils.EngineArgs
     original = engine_args.create_model_config
@@ -311,8 +305,8 @@ def _offer_flags(arg_utils: ModuleType) -> None:
         return
 
     @functools.wraps(original)
-    def add_cli_args(parser: Any) -> Any:
-        parser = original(parser)
+    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group(
             "GRIFFIN",
             "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm)",

@@ -25,6 +25,7 @@ from griffin_vllm.checkpoint import (
     CONFIG_FILE,
     PREFIX,
     Head,
+    asks_for_griffin,
     check_values,
     find_head,
     is_griffin_head,
@@ -102,7 +103,7 @@ def resolve(
     given = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
     method = _only_one("method", given.pop("method", None), spec_method)
     model = _only_one("model", given.pop("model", None), spec_model)
-    if method != METHOD and not (isinstance(model, str) and model.startswith(PREFIX)):
+    if not asks_for_griffin(method, model):
         _refuse_head_under_other_name(method, model)
         return None
     if method not in (None, METHOD):
