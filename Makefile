@@ -13,6 +13,8 @@ URL := http://127.0.0.1:$(PORT)
 OPENMP := LD_PRELOAD=$(CURDIR)/$(VENV)/lib/libiomp5.so
 
 .DEFAULT_GOAL := help
+# Measurements must not run beside each other.
+.NOTPARALLEL:
 .PHONY: help venv demo-model serve test lint compat
 .PHONY: bench bench-acceptance bench-speed bench-vocabulary bench-load bench-round bench-report
 
@@ -57,6 +59,8 @@ DTYPE ?= $(if $(shell grep -m1 -E 'avx512|bf16' /proc/cpuinfo 2>/dev/null),bfloa
 # GiB of KV cache; vLLM's own choice can be more than a small machine has.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve: $(INSTALLED) demo-model
+	@if curl --silent --output /dev/null $(URL); then \
+	  echo 'port $(PORT) is taken: something answers at $(URL); try another, such as make serve PORT=8001' >&2; exit 1; fi
 	@printf 'The server needs about half a minute to start. Then try:\n\n%s\n\n' "$$REQUEST"
 	@( while kill -0 $$$$ 2>/dev/null; do \
 	     if curl --silent --fail $(URL)/health; then printf '\nReady. Try:\n\n%s\n\n' "$$REQUEST"; break; fi; \

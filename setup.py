@@ -4,15 +4,20 @@ vLLM itself is not a hard requirement: its GPU build (``vllm``) and its CPU buil
 two packages with one import name, and the trainer needs neither.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# Read, not imported: the package imports what may not be installed yet.
+[VERSION] = re.findall(
+    r'__version__ = "(.+)"', (ROOT / "griffin_vllm" / "__init__.py").read_text(encoding="utf-8")
+)
 
 setup(
     name="griffin-vllm",
-    version="0.1.0",
+    version=VERSION,
     description="GRIFFIN speculative decoding for vLLM: serve, train and measure draft heads",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -14,7 +14,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from griffin_vllm.checkpoint import find_head, open_head
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
+from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
 from griffin_vllm.training.loop import Trainer
@@ -97,6 +98,17 @@ class PredictFeedbackTrainer(Trainer):
         return head
 
 
+class RenormalisedTrainer(Trainer):
+    """What the target gives to the tokens that are kept of its distribution is scaled to sum to one."""
+
+    def _restricted(self, batch: Batch) -> Batch:
+        batch = super()._restricted(batch)
+        kept = batch.soft.probabilities
+        # at a position with nothing kept there is nothing to scale
+        scaled = kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+        return replace(batch, soft=replace(batch.soft, probabilities=scaled))
+
+
 @dataclass(frozen=True)
 class Variant:
     description: str
@@ -113,6 +125,7 @@ VARIANTS = {
     "not-detached": Variant("gradients flow between draft steps", {"detach": False}),
     "leaky-softmax": Variant("the reference's softmax in stages 2 and later", {}, LeakyTrainer),
     "predict-fed-back": Variant("predict, not regress, feeds the next step", {}, PredictFeedbackTrainer),
+    "renormalised": Variant("targets within the kept tokens sum to 1", {}, RenormalisedTrainer),
 }
 
 

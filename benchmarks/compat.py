@@ -111,7 +111,11 @@ def main() -> None:
                     failed = True
         for version in () if args.versions else SOURCES:
             with tempfile.TemporaryDirectory() as folder:
-                keep("read", *read(download(version, Path(folder))))
+                try:
+                    keep("read", *read(download(version, Path(folder))))
+                except subprocess.CalledProcessError as error:
+                    print(f"failed: {version}: {error}", file=sys.stderr)
+                    failed = True
     record = read_json(RECORD)
     print(markdown(record))
     records.rewrite(ROOT / "README.md", BEGIN, END, markdown(record))

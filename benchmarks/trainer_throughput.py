@@ -37,7 +37,7 @@ from griffin_vllm.config import HeadConfig
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.head import GriffinHead
-from griffin_vllm.training.loop import sizes_like
+from griffin_vllm.training.sizes import sizes_like
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from griffin_vllm.serving import hooks
+from griffin_vllm.serving.touch_point import parse_need
 
 PACKAGE = Path(hooks.__file__).parent.parent
 
@@ -61,7 +62,7 @@ class Source:
 
     def fits(self, module: str, need: str) -> bool:
         """Whether ``module`` has what ``need`` names, with the parameters."""
-        name, parameters = hooks.parse_need(need)
+        name, parameters = parse_need(need)
         found = self.find(module, name)
         if found is None:
             return False

@@ -3,23 +3,18 @@
 vLLM calls ``register`` in each of its processes (entry point ``vllm.general_plugins``). Two of the
 touch points are registries that vLLM offers; the others wrap a function or a constructor and hand on
 whatever is not GRIFFIN's. All of them are in ``TOUCH_POINTS``, with what they need of vLLM: looked up before
-a point is touched, and in the source of a vLLM that cannot run here by ``benchmarks/vllm_source.py``.
+a point is touched (``touch_point.py``), and in the source of a vLLM that cannot run here by
+``benchmarks/vllm_source.py``.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
-import dis
 import functools
 import importlib
-import importlib.abc
-import importlib.util
-import inspect
-import operator
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +24,8 @@ from packaging.version import InvalidVersion, Version
 from griffin_vllm.checkpoint import PREFIX, asks_for_griffin
 from griffin_vllm.config import ARCHITECTURE, METHOD
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.serving import touch_point
+from griffin_vllm.serving.touch_point import DoesNotFitError, OnImport, TouchPoint
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -36,26 +33,7 @@ if TYPE_CHECKING:
 
 # Later versions are probed like these and served if everything still fits, with a warning.
 SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33", prereleases=True)
-
-
-class DoesNotFitError(Exception):
-    """This vLLM is not what a touch point expects."""
-
-
-@dataclass(frozen=True)
-class TouchPoint:
-    """One place in vLLM: where it is, why we need it, and how it is touched (safe to repeat)."""
-
-    module: str
-    attribute: str
-    why: str
-    touch: Callable[[ModuleType], None]
-    # Names in the module that must be there, functions with the parameters they must take.
-    needs: tuple[str, ...] = ()
-    # Touched when vLLM imports the module by itself: the import is slow, and only workers need it.
-    on_import: bool = False
-    # Neither touched nor looked at on other platforms.
-    cpu_only: bool = False
+NEWEST = Version("9999")
 
 
 def register() -> None:
@@ -63,15 +41,15 @@ def register() -> None:
     import vllm
 
     if _parsed(vllm.__version__) not in SUPPORTED_VLLM and not _is_too_old(vllm.__version__):
-        _log_once(
+        touch_point.log_once(
             f"griffin-vllm is made for vLLM {SUPPORTED_VLLM}, this is {vllm.__version__}; continuing anyway"
         )
     for point in _points():
         if point.on_import and point.module not in sys.modules:
-            if not any(isinstance(finder, _OnImport) and finder.point is point for finder in sys.meta_path):
-                sys.meta_path.insert(0, _OnImport(point))
+            if not any(isinstance(finder, OnImport) and finder.point is point for finder in sys.meta_path):
+                sys.meta_path.insert(0, OnImport(point))
         else:
-            _touch(point)
+            touch_point.touch(point)
 
 
 def check_fits() -> None:
@@ -84,13 +62,13 @@ def check_fits() -> None:
 
     for point in _points():
         if point.on_import:
-            _touch(point)
-    misfits = list(_misfits.values())
+            touch_point.touch(point)
+    misfits = list(touch_point.misfits.values())
     if _is_too_old(vllm.__version__):
         misfits.append("it is too old")
     for module, _, need in (entry.partition(":") for entry in (*OUR_IMPORTS, *RELIED_ON)):
         try:
-            _expect(importlib.import_module(module), need)
+            touch_point.expect(importlib.import_module(module), need)
         except (ImportError, AttributeError, DoesNotFitError) as error:
             misfits.append(f"{module} ({error})")
     if misfits:
@@ -100,15 +78,14 @@ def check_fits() -> None:
         )
 
 
-_misfits: dict[str, str] = {}
-
-
 def _parsed(version: str) -> Version:
-    """A build from source may call itself "dev"; it is taken for newer than any release."""
+    """A build from source may call itself "dev", or "0.1.dev..." where the clone has no tags; it is taken for newer
+    than any release."""
     try:
-        return Version(version)
+        parsed = Version(version)
     except InvalidVersion:
-        return Version("9999")
+        return NEWEST
+    return NEWEST if parsed.is_devrelease and parsed.release == (0, 1) else parsed
 
 
 def _is_too_old(version: str) -> bool:
@@ -123,94 +100,6 @@ def _points() -> list[TouchPoint]:
     from vllm.platforms import current_platform
 
     return [point for point in TOUCH_POINTS if current_platform.is_cpu() or not point.cpu_only]
-
-
-def _touch(point: TouchPoint) -> None:
-    place = f"{point.module}.{point.attribute}"
-    try:
-        module = importlib.import_module(point.module)
-        for need in point.needs:
-            _expect(module, need)
-        point.touch(module)
-    except Exception as error:  # of whatever kind: a vLLM that does not use GRIFFIN must not notice
-        _misfits[place] = f"{place} ({error})"
-        _log_once(f"griffin-vllm cannot be used: {_misfits[place]}")
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    from vllm.logger import init_logger
-
-    init_logger(f"vllm.{__name__}").warning(message)
-
-
-class _OnImport(importlib.abc.MetaPathFinder):
-    """Touches a module right after its import by whoever imports it first."""
-
-    def __init__(self, point: TouchPoint) -> None:
-        self.point = point
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != self.point.module:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_touch(module: ModuleType) -> None:
-                execute(module)
-                _touch(self.point)
-
-            spec.loader.exec_module = execute_and_touch  # type: ignore[method-assign]
-        return spec
-
-
-def parse_need(need: str) -> tuple[str, list[str]]:
-    """``"Class.function(a, b)"`` as its dotted name and its parameters."""
-    name, _, parameters = need.rstrip(")").partition("(")
-    return name, [parameter for parameter in parameters.split(", ") if parameter]
-
-
-def _expect(module: ModuleType, need: str) -> None:
-    name, parameters = parse_need(need)
-    try:
-        found = operator.attrgetter(name)(module)
-    except AttributeError:
-        owner, _, attribute = name.rpartition(".")
-        if not owner or parameters or not _sets_on_self(operator.attrgetter(owner)(module), attribute):
-            raise
-        return
-    if not parameters:
-        return
-    if not callable(found):
-        raise DoesNotFitError(f"{name} is no function")
-    missing = set(parameters) - set(inspect.signature(found).parameters)
-    if missing:
-        raise DoesNotFitError(f"{name} has no parameter {', '.join(sorted(missing))}")
-
-
-def _sets_on_self(owner: Any, attribute: str) -> bool:
-    """Whether a method of the class ``owner``, or of a base, sets ``attribute`` of some object.
-
-    Also where that cannot be known: something else has put its own function around one of the methods.
-    """
-    methods = (
-        (base, inspect.unwrap(method))
-        for base in getattr(owner, "__mro__", ())
-        for method in vars(base).values()
-        if inspect.isfunction(method)
-    )
-    return any(
-        method.__globals__["__name__"] != base.__module__
-        or any(
-            instruction.opname == "STORE_ATTR" and instruction.argval == attribute
-            for instruction in dis.get_instructions(method)
-        )
-        for base, method in methods
-    )
 
 
 def _read_our_configs(algos: ModuleType) -> None:
@@ -312,20 +201,25 @@ def _offer_flags(arg_utils: ModuleType) -> None:
             "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm)",
         )
         # The destinations of --spec-model and --spec-tokens: EngineArgs takes known fields only.
-        group.add_argument(
-            "--speculative-model",
-            dest="spec_model",
-            metavar="MODEL",
-            help="griffin:HEAD, where HEAD is a bundled name, a folder, or a Hub repository id "
-            "(org/name or org/name@revision); anything else is taken as --spec-model takes it.",
-        )
-        group.add_argument(
-            "--num-speculative-tokens",
-            dest="spec_tokens",
-            type=int,
-            metavar="K",
-            help="Tokens to draft in each step; without it, what `griffin tune` found, else what the head recommends.",
-        )
+        flags: dict[str, dict[str, Any]] = {
+            "--speculative-model": {
+                "dest": "spec_model",
+                "metavar": "MODEL",
+                "help": "griffin:HEAD, where HEAD is a bundled name, a folder, or a Hub repository id "
+                "(org/name or org/name@revision); anything else is taken as --spec-model takes it.",
+            },
+            "--num-speculative-tokens": {
+                "dest": "spec_tokens",
+                "type": int,
+                "metavar": "K",
+                "help": "Tokens to draft in each step; without it, what `griffin tune` found, else what the head "
+                "recommends.",
+            },
+        }
+        for flag, options in flags.items():
+            # A vLLM that takes such a flag by itself takes it in its own way; --spec-model and --spec-tokens remain.
+            with contextlib.suppress(argparse.ArgumentError):
+                group.add_argument(flag, **options)
         return parser
 
     add_cli_args.griffin = True  # type: ignore[attr-defined]
@@ -421,7 +315,7 @@ TOUCH_POINTS = (
         "EngineArgs.add_cli_args",
         "--speculative-model and --num-speculative-tokens",
         _offer_flags,
-        ("EngineArgs.add_cli_args(parser)",),
+        ("EngineArgs.add_cli_args(parser)", "EngineArgs.spec_model", "EngineArgs.spec_tokens"),
     ),
     TouchPoint(
         "vllm.transformers_utils.configs.speculators.algos",

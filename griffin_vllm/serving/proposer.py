@@ -11,7 +11,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from griffin_vllm.serving import fixed_depth
-from griffin_vllm.serving.lookup import continuation
+from griffin_vllm.serving.chains import Chains
 from griffin_vllm.serving.model import GriffinForCausalLM
 from griffin_vllm.serving.postponed import PostponedWrites
 
@@ -45,7 +45,7 @@ class GriffinProposer(EagleProposer):
     (regress) back as hidden states, K times, keeping the head's KV cache in step with what the
     target accepts. EAGLE returns one vector twice there; the dual head returns two.
 
-    *Dynamic depth*: drafting stops as soon as no request's chain is, by the head's own top
+    *Dynamic depth*: drafting stops as soon as no request's chain (``chains.py``) is, by the head's own top
     probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes (``fixed_depth.py``).
     A request whose own chain has become too unlikely while another's went on hands on what it had until then: where
@@ -91,20 +91,9 @@ class GriffinProposer(EagleProposer):
         # A KV connector reads blocks behind the proposer's back; see also initialize_attn_backend.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
-        # Per draft step of this round: tokens (requests,) and, where they were sampled, (requests, vocabulary).
-        self._drafts: list[torch.Tensor] = []
-        self._draft_distributions: list[torch.Tensor] = []
-        # Drafts of this round that are still to be made.
+        # Of this round, and how many draft steps of it are still to be made.
+        self.chains = Chains([])
         self._missing = 0
-        # Of each request's chain so far; 0 where nobody wants it.
-        self._likelihood: torch.Tensor | float = 1.0
-        # Per draft step but the last: whether a request's chain was still likely after it.
-        self._goes_on: list[torch.Tensor] = []
-        # Of each request its text, drafts included, where that is searched; all of its drafts once they are found, and
-        # how many of these the head has made.
-        self._texts: list[np.ndarray] = []
-        self._found: list[list[int]] = []
-        self._by_head: list[int] = []
 
     @property
     def _unwrapped(self) -> GriffinForCausalLM | None:
@@ -147,31 +136,18 @@ class GriffinProposer(EagleProposer):
             ends = _last_rows(kwargs["common_attn_metadata"], kwargs["token_indices_to_sample"])
             self._leave_out_unfinished_prompts(most, ends, **kwargs)
             self._stay_below_min_tokens(most, ends, kwargs["target_positions"])
-        self._texts, self._found, self._by_head = [], [[] for _ in near], [0] * len(near)
-        self._goes_on = []
-        if any(most) and self.lookup_min:
-            self._texts = self._texts_so_far(ends, **kwargs)
-            self._found = [
-                continuation(text, self.lookup_min, k) if k else []
-                for text, k in zip(self._texts, most, strict=True)
-            ]
-        drafting = [k > 0 and not tokens for k, tokens in zip(most, self._found, strict=True)]
-        idle = wanted == 0 or (self.steps_may_vary and not any(drafting))
+        texts = self._texts_so_far(ends, **kwargs) if self.lookup_min and any(most) else []
+        self.chains = Chains(most, texts, self.lookup_min, self.stop_probability)
+        idle = wanted == 0 or (self.steps_may_vary and not any(self.chains.wanted_of_head))
         if idle and self._only_decodes(kwargs["common_attn_metadata"]):
             drafts = self._postpone(**kwargs)
         else:
             self.postponed.write()
-            drafts = self._draft(
-                drafting, *args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted}
-            )
-        self._last_draft_probs = self._with_certain_drafts(self._last_draft_probs)
+            drafts = self._draft(*args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted})
+        self._last_draft_probs = self.chains.with_certain_drafts(self._last_draft_probs)
         if not self.scheduler_waits:
             return drafts.new_zeros(len(near), wanted) if all_far else drafts
-        lengths = self._likely_lengths(*drafts.shape)
-        if not any(self._found) and set(lengths) == {drafts.shape[1]} and min(most) >= drafts.shape[1]:
-            return drafts
-        rows = zip(most, self._found, drafts.tolist(), lengths, strict=True)
-        return [(tokens or row[:length])[:k] for k, tokens, row, length in rows]
+        return self.chains.handed_on(drafts)
 
     def _leave_out_unfinished_prompts(
         self,
@@ -200,13 +176,6 @@ class GriffinProposer(EagleProposer):
                 if answered < least:
                     most[i] = min(most[i], least - answered - 1)
 
-    def _likely_lengths(self, requests: int, steps: int) -> list[int]:
-        """Of each request the number of its drafts up to the one that made its chain too unlikely."""
-        if not self._goes_on:
-            return [steps] * requests
-        lengths: list[int] = (1 + torch.stack(self._goes_on).sum(dim=0)).tolist()
-        return lengths
-
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""
         if self.context_limit is None or metadata.max_seq_len <= self.context_limit:
@@ -233,23 +202,6 @@ class GriffinProposer(EagleProposer):
             np.concatenate([before[i, : positions[start]], step[start : end + 1], sampled[i : i + 1]])
             for i, (start, end) in enumerate(zip(starts, ends, strict=False))
         ]
-
-    def _with_certain_drafts(self, distributions: torch.Tensor | None) -> torch.Tensor | None:
-        """Distributions (requests, draft steps, vocabulary) of sampled drafts, with those of drafts that were found.
-
-        Without distributions all drafts are taken as certain (``NO_DRAFT_PROBS`` of vLLM's ``rejection_sampler.py``).
-        """
-        if distributions is None or not any(self._found):
-            return distributions
-        requests, steps, vocabulary = distributions.shape
-        longest = max(steps, *map(len, self._found))
-        padded = distributions.new_zeros(requests, longest, vocabulary)
-        padded[:, :steps] = distributions
-        for rows, tokens, by_head in zip(padded, self._found, self._by_head, strict=True):
-            if tokens:
-                rows[by_head:] = 0
-                rows[range(by_head, len(tokens)), tokens[by_head:]] = 1
-        return padded
 
     def _only_decodes(self, metadata: CommonAttentionMetadata) -> bool:
         """Whether the step has one token of each request, and its cache entries can be written later."""
@@ -286,9 +238,7 @@ class GriffinProposer(EagleProposer):
         with set_forward_context(None, self.vllm_config, num_tokens=len(slots), slot_mapping=mapping):
             self.model.model.write_cache(input_ids, positions, hidden_states)
 
-    def _draft(self, drafting: Sequence[bool], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._drafts, self._draft_distributions = [], []
-        self._likelihood = 1.0 if all(drafting) else torch.tensor(drafting, device=self.device).float()
+    def _draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._missing = kwargs["num_speculative_tokens"]
         if head := self._unwrapped:
             head.writes_cache_only = self._missing == 0
@@ -296,19 +246,17 @@ class GriffinProposer(EagleProposer):
         try:
             return super().propose(*args, **kwargs)
         except DraftedEnough:
-            if self._draft_distributions:
-                self._last_draft_probs = torch.stack(self._draft_distributions, dim=1)
-            return torch.stack(self._drafts, dim=1)
+            self._last_draft_probs = self.chains.distributions()
+            return self.chains.drafts()
 
     def _sample_draft_tokens(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._missing -= 1
         if head := self._unwrapped:
             head.feeds_back = self._missing > 1
         tokens, distributions = super()._sample_draft_tokens(*args, **kwargs)
-        if distributions is not None and (self.stop_probability or self._texts):
-            self._draft_distributions.append(distributions)
+        if distributions is not None and self.chains.may_end:
             # Not of the token that was drawn: an unlikely one is accepted as often as the target wants it, too.
-            self._go_on_or_stop(tokens, distributions.amax(dim=-1))
+            self._go_on_or_stop(tokens, distributions.amax(dim=-1), distributions)
         return tokens, distributions
 
     def _sample_from_logits(
@@ -325,32 +273,14 @@ class GriffinProposer(EagleProposer):
 
     def _greedy_sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Greedy drafts (N,) of predict (N, d), whatever the drafts of other temperatures are made by."""
-        if not self.stop_probability and not self._texts:
+        if not self.chains.may_end:
             return self.model.get_top_tokens(hidden_states)
         tokens, probabilities = self.model.get_top_tokens_and_probabilities(hidden_states)
         self._go_on_or_stop(tokens, probabilities)
         return tokens
 
-    def _go_on_or_stop(self, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
-        """Take note of one step's drafts and the head's top probabilities, (requests,) both; look up how the texts
-        go on with them, and leave the loop where nothing is left to draft."""
-        self._drafts.append(tokens)
-        self._likelihood = self._likelihood * probabilities
-        if not self._missing:
-            return
-        if self._texts:
-            self._look_further(tokens, self._likelihood)
-        self._goes_on.append(self._likelihood > self.stop_probability)
-        if not self._goes_on[-1].any():
+    def _go_on_or_stop(
+        self, tokens: torch.Tensor, probabilities: torch.Tensor, *drawn_from: torch.Tensor
+    ) -> None:
+        if self.chains.extend(tokens, probabilities, self._missing, *drawn_from):
             raise DraftedEnough
-
-    def _look_further(self, tokens: torch.Tensor, likelihood: torch.Tensor) -> None:
-        """What is found after ``tokens`` ends a request's chain: its place in ``likelihood`` becomes 0."""
-        for i, (token, likely) in enumerate(zip(tokens.tolist(), likelihood.tolist(), strict=True)):
-            if likely <= self.stop_probability:
-                continue
-            self._texts[i] = np.append(self._texts[i], self._texts[i].dtype.type(token))
-            if following := continuation(self._texts[i], self.lookup_min, self._missing):
-                self._found[i] = [int(draft[i]) for draft in self._drafts] + following
-                self._by_head[i] = len(self._drafts)
-                likelihood[i] = 0.0

@@ -75,7 +75,7 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
 
 
 def drafts_made(chain: Chain, depth: Depth) -> int:
-    """The draft that makes a chain too unlikely has been made, and is verified, as in ``proposer.py``."""
+    """The draft that makes a chain too unlikely has been made, and is verified, as in ``chains.py``."""
     shown = chain.likelihoods[: depth.num_speculative_tokens]
     stops = (j for j, likelihood in enumerate(shown, 1) if likelihood < depth.draft_stop_probability)
     return next(stops, len(shown))
@@ -134,7 +134,7 @@ def _start_recording(worker: Any) -> bool:
     drafter = worker.model_runner.drafter
     if not drafter.shapes_may_vary:
         return False
-    drafter.chains = []
+    drafter.noted_chains = []
     # never reached, and enough for the likelihoods to be computed
     drafter.stop_probability = 1e-30
     drafter.lookup_min = drafter.draft_model_config.hf_config.prompt_lookup_min
@@ -146,11 +146,11 @@ def _start_recording(worker: Any) -> bool:
         drafts = propose(*args, **kwargs)
         # a part of a long prompt is followed by its next part, not by a round that verifies
         if not worker.model_runner.discard_request_mask.np[0]:
-            drafter.chains.append((list(made), len(drafts[0]) - len(made)))
+            drafter.noted_chains.append((list(made), len(drafts[0]) - len(made)))
         return drafts
 
     def noted_sample(*args: Any) -> Any:
-        chain = drafter._likelihood
+        chain = drafter.chains.likelihood
         _, probabilities = drafter.model.get_top_tokens_and_probabilities(*args)
         made.append(float((chain * probabilities).max()))
         return sample(*args)
@@ -162,6 +162,6 @@ def _start_recording(worker: Any) -> bool:
 def _recorded(worker: Any) -> list[tuple[list[float], int]]:
     """In the worker: since last asked, the likelihoods of the head's drafts and the number of those looked up."""
     drafter = worker.model_runner.drafter
-    found: list[tuple[list[float], int]] = drafter.chains
-    drafter.chains = []
+    found: list[tuple[list[float], int]] = drafter.noted_chains
+    drafter.noted_chains = []
     return found

@@ -1,4 +1,4 @@
-"""The training loop: stages, schedule, checkpoints, validation; resumable at any step.
+"""The training loop: optimiser steps, checkpoints, validation, export; resumable at any step.
 
 Everything random is drawn from (seed, step) or (seed, sample), never from a running generator, so a
 resumed run repeats an uninterrupted one bit for bit.
@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -26,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from griffin_vllm.checkpoint import (
-    Head,
     check_values,
     draft_vocabulary,
     draft_vocabulary_tensors,
@@ -34,7 +32,6 @@ from griffin_vllm.checkpoint import (
     load_tensors,
     open_head,
 )
-from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
@@ -45,7 +42,7 @@ from griffin_vllm.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from griffin_vllm.training.config import Stage, TrainConfig
+from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
 from griffin_vllm.training.features import (
@@ -56,9 +53,11 @@ from griffin_vllm.training.features import (
     write_cache,
 )
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
+from griffin_vllm.training.plan import PlannedStep, plan_steps
 from griffin_vllm.training.run_folder import claim_output, with_precision
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
+from griffin_vllm.training.sizes import head_config
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, Target, target_config
 from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
@@ -66,15 +65,6 @@ from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
 LOG_EVERY = 10
 # An answer counts as greedy when the target's first choice is the token at this share of its positions.
 GREEDY_SHARE = 0.97
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One optimiser step: its stage, the samples of each micro-batch, and its learning rate."""
-
-    stage: Stage
-    micro_batches: list[list[int]]
-    learning_rate: float
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -422,105 +412,6 @@ class Trainer:
             self.console.print(f"{measured}; head in {folder}")
         self.accelerator.wait_for_everyone()
         return folder
-
-
-def head_config(
-    config: TrainConfig, target: Any, trained_context_length: int, start: Head | None
-) -> HeadConfig:
-    """The head's sizes: those of ``start`` (``init_from``), or the target's unless the settings say otherwise.
-
-    Raises:
-        GriffinError: the sizes contradict each other, or ``start`` is not a head for ``target``.
-    """
-    sizes = sizes_like(target) if start is None else start.config.model_dump()
-    for name in ("intermediate_size", "num_key_value_heads"):
-        wanted = getattr(config, name) or sizes[name]
-        if start is not None and wanted != sizes[name]:
-            raise GriffinError.at(
-                "settings", name, wanted, f"null, or {sizes[name]} as {config.init_from} has it"
-            )
-        sizes[name] = wanted
-    if start is None:
-        # above temperature 0 sampled drafts are accepted far more often (benchmarks/README.md)
-        sizes["draft_sample_method"] = "probabilistic"
-    provenance = {
-        "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
-        "target": config.target_name or str(config.target),
-        "target_model_type": target.model_type,
-        "num_speculative_tokens": config.num_speculative_tokens,
-        "trained_context_length": trained_context_length,
-    }
-    where = Path(config.init_from or config.target)
-    head = HeadConfig(**sizes | provenance).checked(where)
-    head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
-    return head
-
-
-def sizes_like(target: Any) -> dict[str, Any]:
-    """Fields of a ``HeadConfig`` with the sizes of a target (its Hugging Face config)."""
-    heads = target.num_attention_heads
-    return {
-        "hidden_size": target.hidden_size,
-        "intermediate_size": target.intermediate_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": target.num_key_value_heads,
-        "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": target.vocab_size,
-        "max_position_embeddings": target.max_position_embeddings,
-        "rms_norm_eps": target.rms_norm_eps,
-        "rope_theta": rope_theta(target),
-    }
-
-
-def rope_theta(target: Any) -> float:
-    """Rotary base of the target's full attention (Gemma 3 has another one for its sliding windows)."""
-    parameters = target.rope_parameters or {}
-    return parameters.get("full_attention", parameters).get("rope_theta", 10000.0)
-
-
-def plan_steps(data: TokenDataset, config: TrainConfig) -> list[PlannedStep]:
-    """Every optimiser step of the run, in order; the same for the same data and settings.
-
-    Raises:
-        GriffinError: no sample is left to train on.
-    """
-    samples = [i for i in range(len(data)) if config.loops == "keep" or not data.loops[i]]
-    if not samples:
-        raise GriffinError(f"{data.folder}: has no sample to train on (loops: {config.loops})")
-    lengths = data.lengths[samples]
-    tokens, n = config.batch_tokens // config.gradient_accumulation, config.gradient_accumulation
-    planned: list[list[list[list[int]]]] = []  # stage, step, micro-batch, sample
-    epoch = 0
-    for stage in config.stages:
-        left, steps = stage.epochs, []
-        while left > 0:
-            buckets = [[samples[i] for i in b] for b in length_buckets(lengths, tokens, config.seed, epoch)]
-            buckets = buckets[: max(1, round(min(left, 1.0) * len(buckets)))]
-            steps += [buckets[i : i + n] for i in range(0, len(buckets), n)]
-            left, epoch = left - 1, epoch + 1
-        planned.append(steps)
-    plan: list[PlannedStep] = []
-    total = sum(map(len, planned))
-    for stage, steps in zip(config.stages, planned, strict=True):
-        for i, micro_batches in enumerate(steps):
-            rate = (
-                learning_rate(config, config.learning_rate, len(plan), total)
-                if stage.learning_rate is None
-                else learning_rate(config, stage.learning_rate, i, len(steps))
-            )
-            plan.append(PlannedStep(stage, micro_batches, rate))
-    return plan
-
-
-def learning_rate(config: TrainConfig, peak: float, step: int, steps: int) -> float:
-    """The rate of optimiser step ``step`` of ``steps``: linear warm-up, then the schedule down to zero."""
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return peak * falling[config.schedule]
 
 
 def acceptance_row(acceptance: Acceptance) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks import ablation
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.training.loop import Trainer
 from tests.training import tiny
 
 
@@ -29,6 +30,20 @@ def test_leaky_softmax_adds_one_to_the_denominator_for_each_position_that_is_not
         weights = (keys @ q[0, 0, t] / D**0.5).exp()
         expected = weights @ values / (weights.sum() + T - 1 - t)
         torch.testing.assert_close(found[0, 0, t], expected)
+
+
+def test_renormalised_targets_sum_to_one_over_the_draft_vocabulary_where_it_has_any_of_them(
+    tmp_path: Path,
+) -> None:
+    target = tiny.write_target(tmp_path / "target")
+    data = tiny.write_data(tmp_path / "data", target, answer_tokens=12)
+    settings = tiny.settings(target, data, tmp_path / "out", draft_vocab=40)
+    kept, scaled = (
+        kind(settings)._batch([0, 1, 2, 3], seed=0).soft.probabilities.sum(-1)
+        for kind in (Trainer, ablation.RenormalisedTrainer)
+    )
+    assert kept.max() < 0.99
+    torch.testing.assert_close(scaled, (kept > 0).float())
 
 
 def test_every_variant_trains_and_a_second_call_trains_nothing(tmp_path: Path) -> None:

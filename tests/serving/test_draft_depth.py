@@ -71,10 +71,10 @@ def test_each_request_of_a_batch_hands_on_the_drafts_up_to_the_one_that_made_its
         rounds.append((rows, list(zip(*steps, strict=True))))
         return drafts
 
-    def noted_step(self: Any, tokens: torch.Tensor, probabilities: torch.Tensor) -> None:
-        likelihoods = (self._likelihood * probabilities).tolist()
+    def noted_step(self: Any, tokens: torch.Tensor, probabilities: torch.Tensor, *more: Any) -> None:
+        likelihoods = (self.chains.likelihood * probabilities).tolist()
         steps.append(list(zip(tokens.tolist(), likelihoods, strict=True)))
-        go_on_or_stop(self, tokens, probabilities)
+        go_on_or_stop(self, tokens, probabilities, *more)
 
     monkeypatch.setattr(GriffinProposer, "propose", noted_propose)
     monkeypatch.setattr(GriffinProposer, "_go_on_or_stop", noted_step)
@@ -363,6 +363,7 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     proposer: Any = object.__new__(GriffinProposer)
     proposer.context_limit, proposer.device, proposer.model = LIMIT, torch.device("cpu"), None
     proposer.steps_may_vary, proposer.scheduler_waits, proposer.lookup_min = True, False, 0
+    proposer.stop_probability = 0.0
     proposer.may_postpone, proposer.postponed = False, PostponedWrites(lambda *_: None)
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])

@@ -66,7 +66,7 @@ REPEATING, FRESH = "one two three one two three one two", "hello world"
 def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_probability: float, padded: bool
 ) -> None:
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import chains, proposer
 
     texts: list[list[int]] = []
     found: list[list[int]] = []
@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
         found.append(continuation(tokens, n, k))
         return found[-1]
 
-    monkeypatch.setattr(proposer, "continuation", noted)
+    monkeypatch.setattr(chains, "continuation", noted)
     monkeypatch.setattr(proposer.GriffinProposer, "_texts_so_far", noted_texts)
     with engine(model=target) as llm:
         expected = ask(llm, REPEATING, FRESH)
@@ -107,10 +107,10 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
 def test_a_step_whose_drafts_are_all_looked_up_runs_no_draft_step(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import chains
     from griffin_vllm.serving.model import GriffinForCausalLM
 
-    monkeypatch.setattr(proposer, "continuation", lambda tokens, n, k: [5] * k)
+    monkeypatch.setattr(chains, "continuation", lambda tokens, n, k: [5] * k)
     writes_only: list[bool] = []
     forward = GriffinForCausalLM.forward
 
@@ -136,7 +136,7 @@ def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
     drafted: list[tuple[int, int]],
     stop_probability: float,
 ) -> None:
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import chains
 
     searches: list[int] = []
 
@@ -144,7 +144,7 @@ def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
         searches.append(k)
         return [] if k == K else [5] * k
 
-    monkeypatch.setattr(proposer, "continuation", after_one_draft)
+    monkeypatch.setattr(chains, "continuation", after_one_draft)
     with engine(model=target) as llm:
         expected = ask(llm, FRESH, REPEATING)
     looks_up = head(tmp_path / "head", prompt_lookup_min=1, draft_stop_probability=stop_probability)
@@ -158,7 +158,7 @@ def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each search the number of tokens that had to stand before."""
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import chains
 
     found: list[int] = []
 
@@ -166,7 +166,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(n)
         return continuation(tokens, n, k)
 
-    monkeypatch.setattr(proposer, "continuation", noted)
+    monkeypatch.setattr(chains, "continuation", noted)
     return found
 
 
@@ -189,7 +189,7 @@ def test_drafts_found_beside_sampled_ones_are_certain(
 ) -> None:
     from vllm import SamplingParams
 
-    from griffin_vllm.serving import proposer
+    from griffin_vllm.serving import chains
 
     certain = 7
 
@@ -197,7 +197,7 @@ def test_drafts_found_beside_sampled_ones_are_certain(
         """At once, or after the head's first draft."""
         return [certain] * k if len(tokens) % 2 == 0 else []
 
-    monkeypatch.setattr(proposer, "continuation", in_even_texts)
+    monkeypatch.setattr(chains, "continuation", in_even_texts)
     speculation = {
         "method": "griffin",
         "model": head(tmp_path / "head", prompt_lookup_min=2),
@@ -210,7 +210,7 @@ def test_drafts_found_beside_sampled_ones_are_certain(
 
         def keep(*arguments: Any, **named: Any) -> Any:
             drafts = propose(*arguments, **named)
-            seen.append((drafts, list(drafter._by_head), drafter._last_draft_probs))
+            seen.append((drafts, list(drafter.chains.by_head), drafter._last_draft_probs))
             return drafts
 
         drafter.propose = keep

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from griffin_vllm.serving.chains import Chains
 from griffin_vllm.serving.tune_depth import (
     Chain,
     Depth,
@@ -82,7 +83,7 @@ class Drafter:
     shapes_may_vary = True
     draft_model_config = SimpleNamespace(hf_config=SimpleNamespace(prompt_lookup_min=0))
     model = SimpleNamespace(get_top_tokens_and_probabilities=lambda *_: (None, torch.tensor([0.5])))
-    _likelihood = 1.0
+    chains = Chains([1])
 
     def _greedy_sample(self) -> torch.Tensor:
         return torch.tensor([7])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -25,7 +27,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from griffin_vllm.config import ARCHITECTURE
 from griffin_vllm.convert import convert
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving import hooks, speculative_config
+from griffin_vllm.serving import hooks, speculative_config, touch_point
 from tests.serving import tiny
 
 K = 2
@@ -318,11 +320,11 @@ def test_a_vllm_that_does_not_fit_is_refused_only_when_griffin_is_asked_for(
     target: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def touch(_: Any) -> None:
-        raise hooks.DoesNotFitError("has no parameter vllm_config")
+        raise touch_point.DoesNotFitError("has no parameter vllm_config")
 
-    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(touch_point, "misfits", {})
     monkeypatch.setattr(
-        hooks, "TOUCH_POINTS", (hooks.TouchPoint("vllm.config", "Thing.new", "a test", touch),)
+        hooks, "TOUCH_POINTS", (touch_point.TouchPoint("vllm.config", "Thing.new", "a test", touch),)
     )
     hooks.register()
     EngineArgs(model=str(target)).create_engine_config()
@@ -332,13 +334,13 @@ def test_a_vllm_that_does_not_fit_is_refused_only_when_griffin_is_asked_for(
         configured(model=str(target), spec_model=f"griffin:{head}")
 
 
-@pytest.mark.parametrize("version", ["0.99.0", "dev"])
+@pytest.mark.parametrize("version", ["0.99.0", "dev", "0.1.dev1+g0123456"])
 def test_an_unknown_vllm_is_tried_with_a_warning_that_names_both_versions(
     target: Path, head: Path, expected: dict[str, Any], version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("vllm.__version__", version)
-    monkeypatch.setattr(hooks, "_log_once", said.append)
+    monkeypatch.setattr(touch_point, "log_once", said.append)
     hooks.register()
     [line] = said
     assert re.search(rf"made for vLLM .*0\.28.*, this is {re.escape(version)}; continuing anyway", line)
@@ -357,8 +359,8 @@ def test_a_vllm_that_lacks_what_a_touch_point_needs_is_not_touched_there(
     need: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     touched: list[Any] = []
-    point = hooks.TouchPoint("vllm.engine.arg_utils", "EngineArgs.x", "a test", touched.append, (need,))
-    monkeypatch.setattr(hooks, "_misfits", {})
+    point = touch_point.TouchPoint("vllm.engine.arg_utils", "EngineArgs.x", "a test", touched.append, (need,))
+    monkeypatch.setattr(touch_point, "misfits", {})
     monkeypatch.setattr(hooks, "TOUCH_POINTS", (point,))
     hooks.register()
     assert not touched
@@ -388,7 +390,7 @@ def test_misfit_of_a_worker_module_is_refused(
         dataclasses.replace(point, **changes if point.module == "vllm.v1.spec_decode.eagle" else {})
         for point in hooks.TOUCH_POINTS
     ]
-    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(touch_point, "misfits", {})
     monkeypatch.setattr(hooks, "TOUCH_POINTS", tuple(points))
     monkeypatch.setattr(hooks, "RELIED_ON", (*hooks.RELIED_ON, *relied_on))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
@@ -410,6 +412,37 @@ def test_a_vllm_that_lacks_what_the_config_needs_still_starts_without_griffin(
         configured(model=str(target), spec_model=f"griffin:{head}")
 
 
+def test_a_module_that_was_only_looked_for_is_still_touched_when_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "looked_for.py").write_text("there = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    touched: list[Any] = []
+    point = touch_point.TouchPoint("looked_for", "there", "a test", touched.append, on_import=True)
+    monkeypatch.setattr(sys, "meta_path", [touch_point.OnImport(point), *sys.meta_path])
+    assert importlib.util.find_spec("looked_for")
+    assert not touched
+    module = importlib.import_module("looked_for")
+    monkeypatch.delitem(sys.modules, "looked_for")
+    importlib.import_module("looked_for")
+    assert touched == [module]
+
+
+def test_flags_that_a_vllm_has_by_itself_are_left_to_it() -> None:
+    class EngineArguments:
+        @staticmethod
+        def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+            parser.add_argument("--speculative-model", dest="its_own")
+            return parser
+
+    arg_utils = types.ModuleType("arg_utils")
+    arg_utils.EngineArgs = EngineArguments  # type: ignore[attr-defined]
+    hooks._offer_flags(arg_utils)
+    parser = EngineArguments.add_cli_args(argparse.ArgumentParser())
+    parsed = parser.parse_args(["--speculative-model", "a", "--num-speculative-tokens", "3"])
+    assert vars(parsed) == {"its_own": "a", "spec_tokens": 3}
+
+
 def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
     class Base:
         def __init__(self) -> None:
@@ -417,9 +450,9 @@ def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
 
     module = types.ModuleType("module")
     module.Thing = type("Thing", (Base,), {})  # type: ignore[attr-defined]
-    hooks._expect(module, "Thing.there")
+    touch_point.expect(module, "Thing.there")
     with pytest.raises(AttributeError, match="has no attribute 'gone'"):
-        hooks._expect(module, "Thing.gone")
+        touch_point.expect(module, "Thing.gone")
 
 
 def test_a_class_that_another_plugin_has_wrapped_still_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +472,7 @@ def test_a_vllm_that_is_too_old_is_refused_only_when_griffin_is_asked_for(
     target: Path, head: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm.__version__", version)
-    monkeypatch.setattr(hooks, "_misfits", {})
+    monkeypatch.setattr(touch_point, "misfits", {})
     hooks.register()
     EngineArgs(model=str(target)).create_engine_config()
     with pytest.raises(

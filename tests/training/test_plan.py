@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.loop import learning_rate, plan_steps
+from griffin_vllm.training.plan import learning_rate, plan_steps
 from tests.training.tiny import settings
 
 
