@@ -59,11 +59,11 @@ DTYPE ?= $(if $(shell grep -m1 -E 'avx512|bf16' /proc/cpuinfo 2>/dev/null),bfloa
 # GiB of KV cache; vLLM's own choice can be more than a small machine has.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve: $(INSTALLED) demo-model
-	@if curl --silent --output /dev/null $(URL); then \
-	  echo 'port $(PORT) is taken: something answers at $(URL); try another, such as make serve PORT=8001' >&2; exit 1; fi
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT))).close()' 2>/dev/null || \
+	  { echo 'port $(PORT) is taken, or not for you to take; name another one: make serve PORT=...' >&2; exit 1; }
 	@printf 'The server needs about half a minute to start. Then try:\n\n%s\n\n' "$$REQUEST"
 	@( while kill -0 $$$$ 2>/dev/null; do \
-	     if curl --silent --fail $(URL)/health; then printf '\nReady. Try:\n\n%s\n\n' "$$REQUEST"; break; fi; \
+	     if curl --silent --fail --noproxy '*' $(URL)/health; then printf '\nReady. Try:\n\n%s\n\n' "$$REQUEST"; break; fi; \
 	     sleep 1; \
 	   done ) & \
 	exec env $(OPENMP) $(BIN)/vllm serve $(TARGET_FOLDER) --served-model-name $(TARGET) --host 127.0.0.1 --port $(PORT) \

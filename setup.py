@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-# Read, not imported: the package imports what may not be installed yet.
+# Read, not imported: an isolated build does not have this folder on its path.
 [VERSION] = re.findall(
     r'__version__ = "(.+)"', (ROOT / "griffin_vllm" / "__init__.py").read_text(encoding="utf-8")
 )

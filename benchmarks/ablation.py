@@ -99,7 +99,8 @@ class PredictFeedbackTrainer(Trainer):
 
 
 class RenormalisedTrainer(Trainer):
-    """What the target gives to the tokens that are kept of its distribution is scaled to sum to one."""
+    """The probabilities of the tokens that are kept of the target's distribution (the most likely ones, those of the
+    draft vocabulary) are scaled to sum to one; with all tokens kept they already do."""
 
     def _restricted(self, batch: Batch) -> Batch:
         batch = super()._restricted(batch)
@@ -125,7 +126,9 @@ VARIANTS = {
     "not-detached": Variant("gradients flow between draft steps", {"detach": False}),
     "leaky-softmax": Variant("the reference's softmax in stages 2 and later", {}, LeakyTrainer),
     "predict-fed-back": Variant("predict, not regress, feeds the next step", {}, PredictFeedbackTrainer),
-    "renormalised": Variant("targets within the kept tokens sum to 1", {}, RenormalisedTrainer),
+    "renormalised": Variant(
+        "soft targets renormalised over the tokens that are kept", {}, RenormalisedTrainer
+    ),
 }
 
 

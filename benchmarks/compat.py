@@ -113,8 +113,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     keep("read", *read(download(version, Path(folder))))
-                except subprocess.CalledProcessError as error:
-                    print(f"failed: {version}: {error}", file=sys.stderr)
+                except (subprocess.CalledProcessError, OSError, zipfile.BadZipFile) as error:
+                    print(f"failed to read {version}: {error}", file=sys.stderr)
                     failed = True
     record = read_json(RECORD)
     print(markdown(record))

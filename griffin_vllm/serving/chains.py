@@ -1,4 +1,4 @@
-"""The draft chains of one round, a request each: where the text gives them, where they end, what is handed on."""
+"""The draft chains of one round, one a request: where the text gives them, where they end, what is handed on."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ class Chains:
         self._texts = list(texts)
         self._lookup_min = lookup_min
         self._stop_probability = stop_probability
-        # Of each request all of its drafts once they are found, and how many of these the head has made.
+        # Of each request all of its drafts once some are found, and how many of those the head had made before.
         self._found: list[list[int]] = [[] for _ in most]
-        self.by_head = [0] * len(most)
-        for i, (text, k) in enumerate(zip(texts, most, strict=False)):
-            if k:
-                self._found[i] = continuation(text, lookup_min, k)
+        self.made_before_found = [0] * len(most)
+        if texts:
+            self._found = [
+                continuation(text, lookup_min, k) if k else [] for text, k in zip(texts, most, strict=True)
+            ]
         self.wanted_of_head = [k > 0 and not tokens for k, tokens in zip(most, self._found, strict=True)]
-        # Of each request's chain so far, (requests,); 0 where nobody wants it to go on.
+        # The head's probability of each request's chain so far, (requests,), 0 where nobody wants it to go on; before
+        # the first draft step just 1.
         self.likelihood: torch.Tensor | float = 1.0
         # Per draft step: tokens (requests,) and, where they were sampled, (requests, vocabulary).
         self._drafts: list[torch.Tensor] = []
@@ -50,7 +52,7 @@ class Chains:
 
     @property
     def may_end(self) -> bool:
-        """Whether ``extend`` must hear of every draft step."""
+        """Whether a chain may end before the last draft step; only then ``extend`` is called, after each of them."""
         return self._stop_probability > 0 or bool(self._texts)
 
     def extend(
@@ -61,7 +63,7 @@ class Chains:
         distributions: torch.Tensor | None = None,
     ) -> bool:
         """Take one step's drafts with the head's top probabilities, (requests,) both, and look up how the texts go on
-        with them; whether that leaves nothing for the head to draft in the ``steps_left``.
+        with them. True if drafting can stop early: steps are left, and no chain wants them.
 
         ``distributions`` (requests, vocabulary) are those that the tokens were drawn from.
         """
@@ -86,11 +88,11 @@ class Chains:
             self._texts[i] = np.append(self._texts[i], self._texts[i].dtype.type(token))
             if following := continuation(self._texts[i], self._lookup_min, steps_left):
                 self._found[i] = [int(draft[i]) for draft in self._drafts] + following
-                self.by_head[i] = len(self._drafts)
+                self.made_before_found[i] = len(self._drafts)
                 likelihood[i] = 0.0
 
     def drafts(self) -> torch.Tensor:
-        """What the head has drafted so far, (requests, draft steps)."""
+        """What ``extend`` has been given so far, (requests, draft steps)."""
         return torch.stack(self._drafts, dim=1)
 
     def distributions(self) -> torch.Tensor | None:
@@ -125,8 +127,8 @@ class Chains:
         longest = max(steps, *map(len, self._found))
         padded = distributions.new_zeros(requests, longest, vocabulary)
         padded[:, :steps] = distributions
-        for rows, tokens, by_head in zip(padded, self._found, self.by_head, strict=True):
+        for rows, tokens, made in zip(padded, self._found, self.made_before_found, strict=True):
             if tokens:
-                rows[by_head:] = 0
-                rows[range(by_head, len(tokens)), tokens[by_head:]] = 1
+                rows[made:] = 0
+                rows[range(made, len(tokens)), tokens[made:]] = 1
         return padded

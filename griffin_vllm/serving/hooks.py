@@ -10,7 +10,6 @@ a point is touched (``touch_point.py``), and in the source of a vLLM that cannot
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import importlib
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 # Later versions are probed like these and served if everything still fits, with a warning.
 SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33", prereleases=True)
+# Stands for a version that says nothing about its age.
 NEWEST = Version("9999")
 
 
@@ -198,7 +198,8 @@ def _offer_flags(arg_utils: ModuleType) -> None:
         parser = original(parser, *args, **kwargs)
         group = parser.add_argument_group(
             "GRIFFIN",
-            "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm)",
+            "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm), "
+            "or --spec-model griffin:HEAD [--spec-tokens K].",
         )
         # The destinations of --spec-model and --spec-tokens: EngineArgs takes known fields only.
         flags: dict[str, dict[str, Any]] = {
@@ -217,9 +218,12 @@ def _offer_flags(arg_utils: ModuleType) -> None:
             },
         }
         for flag, options in flags.items():
-            # A vLLM that takes such a flag by itself takes it in its own way; --spec-model and --spec-tokens remain.
-            with contextlib.suppress(argparse.ArgumentError):
+            try:
                 group.add_argument(flag, **options)
+            except argparse.ArgumentError:
+                touch_point.log_once(
+                    f"{flag} is not griffin-vllm's here; ask with --spec-model {PREFIX}HEAD --spec-tokens K"
+                )
         return parser
 
     add_cli_args.griffin = True  # type: ignore[attr-defined]

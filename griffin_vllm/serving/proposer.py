@@ -91,7 +91,7 @@ class GriffinProposer(EagleProposer):
         # A KV connector reads blocks behind the proposer's back; see also initialize_attn_backend.
         self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
         self.postponed = PostponedWrites(self._write_cache)
-        # Of this round, and how many draft steps of it are still to be made.
+        # Those of this round, and how many draft steps of it are still to be made.
         self.chains = Chains([])
         self._missing = 0
 
@@ -280,7 +280,11 @@ class GriffinProposer(EagleProposer):
         return tokens
 
     def _go_on_or_stop(
-        self, tokens: torch.Tensor, probabilities: torch.Tensor, *drawn_from: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        probabilities: torch.Tensor,
+        distributions: torch.Tensor | None = None,
     ) -> None:
-        if self.chains.extend(tokens, probabilities, self._missing, *drawn_from):
+        """Add one draft step to the chains, and leave vLLM's loop where none of them goes on."""
+        if self.chains.extend(tokens, probabilities, self._missing, distributions):
             raise DraftedEnough

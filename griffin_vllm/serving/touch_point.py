@@ -1,4 +1,4 @@
-"""How a place in vLLM is touched: only if it is what we expect, when vLLM imports it, and never fatally.
+"""How a place in vLLM is touched: only if it is what we expect, at once or when vLLM imports it, never fatally.
 
 What is touched, and why, is in ``hooks.py``.
 """
@@ -9,7 +9,6 @@ import dis
 import functools
 import importlib
 import importlib.abc
-import importlib.util
 import inspect
 import operator
 import sys
@@ -40,7 +39,7 @@ class TouchPoint:
     cpu_only: bool = False
 
 
-# By place, those of this process that did not fit.
+# What did not fit in this process: place to reason.
 misfits: dict[str, str] = {}
 
 
@@ -61,26 +60,23 @@ def touch(point: TouchPoint) -> None:
 def log_once(message: str) -> None:
     from vllm.logger import init_logger
 
-    init_logger(f"vllm.{__name__}").warning(message)
+    init_logger("vllm.griffin_vllm").warning(message)
 
 
 class OnImport(importlib.abc.MetaPathFinder):
-    """Touches a module right after its import by whoever imports it first."""
+    """Touches a module right after its import by whoever imports it first. One for each module: two would ask each
+    other for it without end."""
 
     def __init__(self, point: TouchPoint) -> None:
         self.point = point
-        self._asking_the_others = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.point.module or self._asking_the_others:
+        if name != self.point.module:
             return None
-        self._asking_the_others = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._asking_the_others = False
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -150,6 +150,7 @@ def _start_recording(worker: Any) -> bool:
         return drafts
 
     def noted_sample(*args: Any) -> Any:
+        # of the one request that is being answered
         chain = drafter.chains.likelihood
         _, probabilities = drafter.model.get_top_tokens_and_probabilities(*args)
         made.append(float((chain * probabilities).max()))

@@ -210,7 +210,7 @@ def test_drafts_found_beside_sampled_ones_are_certain(
 
         def keep(*arguments: Any, **named: Any) -> Any:
             drafts = propose(*arguments, **named)
-            seen.append((drafts, list(drafter.chains.by_head), drafter._last_draft_probs))
+            seen.append((drafts, list(drafter.chains.made_before_found), drafter._last_draft_probs))
             return drafts
 
         drafter.propose = keep

@@ -306,6 +306,11 @@ def test_registering_again_changes_nothing() -> None:
     assert before == (EngineArgs.create_speculative_config, EngineArgs.add_cli_args, list(sys.meta_path))
 
 
+def test_no_module_is_touched_on_import_for_two_points() -> None:
+    modules = [point.module for point in hooks.TOUCH_POINTS if point.on_import]
+    assert len(set(modules)) == len(modules)
+
+
 def test_registering_imports_no_worker_code() -> None:
     code = (
         "import sys, vllm.engine.arg_utils; from griffin_vllm.serving.hooks import register;"
@@ -428,7 +433,7 @@ def test_a_module_that_was_only_looked_for_is_still_touched_when_it_is_imported(
     assert touched == [module]
 
 
-def test_flags_that_a_vllm_has_by_itself_are_left_to_it() -> None:
+def test_flags_that_a_vllm_has_by_itself_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class EngineArguments:
         @staticmethod
         def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -437,10 +442,16 @@ def test_flags_that_a_vllm_has_by_itself_are_left_to_it() -> None:
 
     arg_utils = types.ModuleType("arg_utils")
     arg_utils.EngineArgs = EngineArguments  # type: ignore[attr-defined]
+    said: list[str] = []
+    monkeypatch.setattr(touch_point, "log_once", said.append)
     hooks._offer_flags(arg_utils)
     parser = EngineArguments.add_cli_args(argparse.ArgumentParser())
     parsed = parser.parse_args(["--speculative-model", "a", "--num-speculative-tokens", "3"])
     assert vars(parsed) == {"its_own": "a", "spec_tokens": 3}
+    [line] = said
+    assert re.match(
+        "--speculative-model is not griffin-vllm's here; ask with --spec-model griffin:HEAD", line
+    )
 
 
 def test_what_is_set_on_self_is_found_in_a_class_and_its_bases() -> None:
