@@ -45,8 +45,8 @@ class DraftVocabulary:
         """``batch`` with draft ids in ``soft`` and ``next_tokens`` (there ``OUTSIDE``, which no draft equals).
 
         Soft targets keep the probabilities of the tokens that can be drafted as they are. What they sum to is
-        then the position's weight: where the target hardly wants a drafted token there is nothing to win, and
-        renormalised targets would teach which of the wrong tokens to draft.
+        then the position's weight: where the target hardly wants a drafted token there is little to win.
+        Renormalised targets train neither better nor worse (benchmarks/README.md).
         """
         ids = self.draft_ids[batch.soft.ids]
         inside = ids != OUTSIDE
