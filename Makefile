@@ -154,11 +154,11 @@ bench-speed: $(REDUCED)/config.json
 # One head with draft vocabularies of several sizes.
 VOCABULARIES := 4096 8192 16384 32768
 comma := ,
-bench-vocabulary: $(INSTALLED) demo-model
-	for size in $(VOCABULARIES); do \
-	  [ -d runs/vocab-$$size ] || $(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) runs/vocab-$$size \
-	    --draft-vocab $$size --corpus $(BENCH_CORPUS) --target $(TARGET_FOLDER) || exit 1; \
-	done
+runs/vocab-%/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors | $(INSTALLED) demo-model
+	$(BIN)/griffin convert $(HEADS)/griffin-$(TARGET) $(@D) --draft-vocab $* --corpus $(BENCH_CORPUS) \
+	  --target $(TARGET_FOLDER)
+
+bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --num-speculative-tokens 3 \
 	  --methods none,$(subst $() ,,$(VOCABULARIES:%=griffin:runs/vocab-%$(comma)))griffin:$(HEADS)/griffin-$(TARGET) \
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
