@@ -96,7 +96,7 @@ BENCH_CORPUS ?= $(DATA)/smollm2-regenerated.jsonl.gz
 # Their last lines choose each method's best K; the speed runs measure with the first ones.
 BENCH_TUNING ?= $(filter %.jsonl,$(BENCH_PROMPTS))
 # Where the time of a round and of a start goes: HASS heads are EAGLE heads there.
-# The bundled head's rounds are of different depths.
+# The bundled head's rounds are of different depths, so it has a record of its own.
 BENCH_PHASES := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET),griffin:$(REDUCED)
 BENCH_STARTS := eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET),none
 BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
@@ -111,7 +111,7 @@ bench: bench-acceptance bench-speed bench-vocabulary bench-load bench-round benc
 bench-acceptance: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods ngram,$(BENCH_HEADS) --num-speculative-tokens 3,5 \
 	  --num-prompts 20 --json $(RESULTS)/acceptance.json
-	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_LOOKUP) --num-speculative-tokens 8 \
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods $(BENCH_LOOKUP) --num-speculative-tokens 5,12 \
 	  --num-prompts 20 --json $(RESULTS)/acceptance-lookup.json
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,$(BENCH_HEADS) --num-speculative-tokens 3 \
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
@@ -132,17 +132,17 @@ bench-speed: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
 	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
-	  --methods none,$(BENCH_LOOKUP),griffin:$(REDUCED) --num-speculative-tokens 3,5,8 --repeats 1 \
+	  --methods none,$(BENCH_LOOKUP),griffin:$(REDUCED) --num-speculative-tokens 3,5,12 --repeats 1 \
 	  --json $(RESULTS)/speed-tuning-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) --num-speculative-tokens 2 \
 	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 6 --max-tokens 128 --concurrency 1 \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --json $(RESULTS)/speed-more-prompts.json
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --json $(RESULTS)/speed-more-prompts.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) --dtype float32 --enforce-eager --num-prompts 5 --turns 1 --max-tokens 128 \
-	  --concurrency 1 --methods none,griffin:$(TARGET) --num-speculative-tokens 8 \
+	  --concurrency 1 --methods none,griffin:$(TARGET) --num-speculative-tokens 12 \
 	  --json $(RESULTS)/speed-first-turns-fp32.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 4 --turns 1 --max-tokens 64 --concurrency 1 \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens 8 --temperature 1 --draft-sample-method probabilistic \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --temperature 1 --draft-sample-method probabilistic \
 	  --json $(RESULTS)/speed-sampled-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
 	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
@@ -164,7 +164,7 @@ bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
 bench-load: $(INSTALLED) demo-model
-	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --max-k 8 $(ENGINE) --explain
+	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --max-k 12 $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
@@ -180,12 +180,15 @@ bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods $(BENCH_PHASES) --num-prompts 8 --num-speculative-tokens 3 --concurrency 1,8 --max-tokens 64 \
 	  --repeats 3 --json $(RESULTS)/round.json
+	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) --dtype float32 --enforce-eager \
+	  --methods griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET) --num-prompts 8 --num-speculative-tokens 5,12 \
+	  --concurrency 1,8 --max-tokens 64 --repeats 1 --json $(RESULTS)/round-shipped.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts \
   speed-first-turns-fp32 speed-sampled-lookup \
-  speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round startup
+  speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round round-shipped startup
 HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \

@@ -64,7 +64,8 @@ class HeadConfig(BaseModel):
         default=0.0,
         ge=0,
         lt=1,
-        description="stop drafting when the drafts so far are all right with less than this probability",
+        description="stop drafting when the drafts so far, the head's or looked up, are all right with less than "
+        "this probability",
     )
     prompt_lookup_min: NonNegativeInt = Field(
         default=0,

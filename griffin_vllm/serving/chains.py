@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from griffin_vllm.serving.lookup import continuation
+from griffin_vllm.serving.lookup import NOTHING, continuation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,8 @@ class Chains:
     ``most``: how many drafts are wanted of each request.
     ``texts``: of each request its text, the token sampled last included, (T,) of one integer type; none at all where
     nothing is looked up.
-    ``stop_probability``: a chain ends once the head holds it for no likelier than this.
+    ``stop_probability``: a chain ends once it is no likelier than this, by what the head says of its drafts, and by how
+    much agrees (``lookup.py``) of those that were found.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class Chains:
         self._texts = list(texts)
         self._lookup_min = lookup_min
         self._stop_probability = stop_probability
-        # Of each request all of its drafts once some are found, and how many of those the head had made before.
-        self._found: list[list[int]] = [[] for _ in most]
-        self.made_before_found = [0] * len(most)
+        # Of each request what its text goes on with, all of its drafts once there is such a passage, and how many of
+        # those the head had made before.
+        self.passages = [NOTHING] * len(most)
         if texts:
-            self._found = [
-                continuation(text, lookup_min, k) if k else [] for text, k in zip(texts, most, strict=True)
+            self.passages = [
+                continuation(text, lookup_min, k) if k else NOTHING
+                for text, k in zip(texts, most, strict=True)
             ]
+        self._found = [passage.likely(stop_probability) for passage in self.passages]
+        self.made_before_found = [0] * len(most)
         self.wanted_of_head = [k > 0 and not tokens for k, tokens in zip(most, self._found, strict=True)]
         # The head's probability of each request's chain so far, (requests,), 0 where nobody wants it to go on; before
         # the first draft step just 1.
@@ -86,9 +90,12 @@ class Chains:
             if likely <= self._stop_probability:
                 continue
             self._texts[i] = np.append(self._texts[i], self._texts[i].dtype.type(token))
-            if following := continuation(self._texts[i], self._lookup_min, steps_left):
-                self._found[i] = [int(draft[i]) for draft in self._drafts] + following
-                self.made_before_found[i] = len(self._drafts)
+            passage = continuation(self._texts[i], self._lookup_min, steps_left)
+            if passage.tokens:
+                made = [int(draft[i]) for draft in self._drafts]
+                self.passages[i] = passage
+                self._found[i] = made + passage.likely(self._stop_probability / likely)
+                self.made_before_found[i] = len(made)
                 likelihood[i] = 0.0
 
     def drafts(self) -> torch.Tensor:

@@ -52,9 +52,9 @@ class GriffinProposer(EagleProposer):
     requests share the cores or the GPU's arithmetic, verifying the rest costs more than it yields.
 
     *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
-    them is its draft (``lookup.py``) and the head makes none for it; a chain of the head's ends in the same way as
-    soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain ones: beside sampled
-    drafts, their distributions have all of the probability at one token.
+    them is its draft (``lookup.py``), as far as that is likely, and the head makes none for it; a chain of the head's
+    ends in the same way as soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain
+    ones: beside sampled drafts, their distributions have all of the probability at one token.
 
     *Last draft step*: nothing is fed back from it, so the head leaves regress out.
 

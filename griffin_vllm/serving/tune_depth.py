@@ -23,8 +23,8 @@ LEAST_GAIN = 1.01
 
 
 class Chain(NamedTuple):
-    """A round's drafts: the head's probability of the first j of them together, for each j (drafts that were looked
-    up, ``lookup.py``, add nothing to it), how many the target accepted, and how many of them the head made.
+    """A round's drafts: the probability of the first j of them together, for each j (the head's own of those that it
+    made, ``lookup.py``'s of the others), how many the target accepted, and how many of them the head made.
 
     ``lookup_ms``: how long a round takes that verifies looked-up drafts and looks up the next ones; None where it did
     something else.
@@ -105,11 +105,10 @@ def chains(engine: LLMEngine, rounds: Iterator[tuple[float, list[int]]]) -> list
     found = []
     # The prefill's step drafts for the first round, and a round drafts for the next; the last drafts are not verified.
     for (made, looked_up), (made_next, looked_up_next), (emitted, ms) in zip(
-        drafted, [*drafted[1:], ([], 0)], taken, strict=False
+        drafted, [*drafted[1:], ([], [])], taken, strict=False
     ):
         by_lookup = looked_up and looked_up_next and not made and not made_next
-        likelihoods = [*made, *[made[-1] if made else 1.0] * looked_up]
-        found.append(Chain(likelihoods, emitted - 1, len(made), ms if by_lookup else None))
+        found.append(Chain([*made, *looked_up], emitted - 1, len(made), ms if by_lookup else None))
     return found
 
 
@@ -146,7 +145,9 @@ def _start_recording(worker: Any) -> bool:
         drafts = propose(*args, **kwargs)
         # a part of a long prompt is followed by its next part, not by a round that verifies
         if not worker.model_runner.discard_request_mask.np[0]:
-            drafter.noted_chains.append((list(made), len(drafts[0]) - len(made)))
+            passage, before = drafter.chains.passages[0], made[-1] if made else 1.0
+            looked_up = [before * passage.likelihood(n) for n in range(1, len(drafts[0]) - len(made) + 1)]
+            drafter.noted_chains.append((list(made), looked_up))
         return drafts
 
     def noted_sample(*args: Any) -> Any:
@@ -160,9 +161,9 @@ def _start_recording(worker: Any) -> bool:
     return True
 
 
-def _recorded(worker: Any) -> list[tuple[list[float], int]]:
-    """In the worker: since last asked, the likelihoods of the head's drafts and the number of those looked up."""
+def _recorded(worker: Any) -> list[tuple[list[float], list[float]]]:
+    """In the worker: since last asked, the likelihoods with the head's drafts and then with those looked up."""
     drafter = worker.model_runner.drafter
-    found: list[tuple[list[float], int]] = drafter.noted_chains
+    found: list[tuple[list[float], list[float]]] = drafter.noted_chains
     drafter.noted_chains = []
     return found

@@ -116,12 +116,12 @@ def test_a_reduced_vocabulary_and_a_dynamic_depth_are_told_from_the_plain_head(t
     methods = parse_methods(f"none,griffin:{plain},griffin:{dynamic},griffin:smollm2-135m-instruct")
     rows = [run.fields() for run in runs(methods, [3], "float32")]
     assert [row.get("draft_vocab_size") for row in rows] == [None, None, None, 8192]
-    assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, 0.2]
+    assert [row.get("draft_stop_probability") for row in rows] == [None, None, 0.25, 0.15]
     assert [method_name(row) for row in rows] == [
         "none",
         "griffin (plain)",
         "griffin (dynamic, stops below 0.25)",
-        "griffin (smollm2-135m-instruct, 8192 tokens, stops below 0.2, lookup from 2)",
+        "griffin (smollm2-135m-instruct, 8192 tokens, stops below 0.15, lookup from 2)",
     ]
 
 

@@ -38,6 +38,18 @@ def test_a_chain_that_comes_to_a_passage_of_its_text_goes_on_with_it() -> None:
     assert (certain[0, 1:].amax(-1) == 1).all()
 
 
+def test_a_passage_is_drafted_as_far_as_it_is_likely_with_the_chain_before_it() -> None:
+    def drafted(stop_probability: float, likelihood: float) -> list[int]:
+        chains = Chains([8], [np.array([5, 6, 7, 8, 9, 5])], 2, stop_probability)
+        assert chains.extend(torch.tensor([6]), torch.tensor([likelihood]), steps_left=7)
+        [drafts] = chains.handed_on(chains.drafts())
+        return drafts
+
+    assert drafted(0.2, 1.0) == [6, 7, 8, 9, 5]
+    assert drafted(0.2, 0.5) == [6, 7, 8]
+    assert drafted(0.0, 0.5) == [6, 7, 8, 9, 5, 6, 7, 8]
+
+
 def test_drafts_of_one_length_for_all_requests_stay_a_tensor() -> None:
     drafts = torch.tensor([[1, 2], [3, 4]])
     assert Chains([2, 2]).handed_on(drafts) is drafts

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from griffin_vllm.serving.lookup import LONGEST, continuation
+from griffin_vllm.serving.lookup import LONGEST, NOTHING, Passage, continuation
 from tests.serving import tiny
 from tests.serving.engines import engine, runner_of, spec_counters
 from tests.serving.test_draft_depth import ask
@@ -37,7 +37,7 @@ K = 4
 def test_the_latest_place_that_agrees_furthest_is_continued(
     tokens: list[int], n: int, k: int, expected: list[int]
 ) -> None:
-    assert continuation(np.array(tokens, dtype=np.int32), n, k) == expected
+    assert continuation(np.array(tokens, dtype=np.int32), n, k).tokens == expected
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, LONGEST + 1), st.integers(1, 6))
@@ -46,8 +46,18 @@ def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, 
         places = [i for i in range(len(tokens) - length) if tokens[i : i + length] == tokens[-length:]]
         if places:
             break
-    expected = (tokens[places[-1] + length :] * k)[:k] if places else []
+    expected = Passage((tokens[places[-1] + length :] * k)[:k], length) if places else NOTHING
     assert continuation(np.array(tokens, dtype=np.int64), n, k) == expected
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "stop_probability", "drafts"),
+    [(2, 0.0, 8), (2, 0.2, 4), (3, 0.2, 6), (4, 0.2, 8), (2, 0.5, 2), (LONGEST, 0.5, 8), (2, 0.99, 1)],
+)
+def test_the_further_a_passage_agrees_the_more_of_it_is_drafted(
+    agreeing: int, stop_probability: float, drafts: int
+) -> None:
+    assert Passage(list(range(8)), agreeing).likely(stop_probability) == list(range(drafts))
 
 
 def head(folder: Path, **settings: Any) -> str:
@@ -80,9 +90,10 @@ def test_answers_are_those_of_the_target_alone_and_drafts_are_looked_up(
             texts.append(text.tolist())
         return searched
 
-    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
-        found.append(continuation(tokens, n, k))
-        return found[-1]
+    def noted(tokens: np.ndarray, n: int, k: int) -> Passage:
+        passage = continuation(tokens, n, k)
+        found.append(passage.tokens)
+        return passage
 
     monkeypatch.setattr(chains, "continuation", noted)
     monkeypatch.setattr(proposer.GriffinProposer, "_texts_so_far", noted_texts)
@@ -110,7 +121,7 @@ def test_a_step_whose_drafts_are_all_looked_up_runs_no_draft_step(
     from griffin_vllm.serving import chains
     from griffin_vllm.serving.model import GriffinForCausalLM
 
-    monkeypatch.setattr(chains, "continuation", lambda tokens, n, k: [5] * k)
+    monkeypatch.setattr(chains, "continuation", lambda tokens, n, k: Passage([5] * k, LONGEST))
     writes_only: list[bool] = []
     forward = GriffinForCausalLM.forward
 
@@ -140,9 +151,9 @@ def test_a_chain_of_the_head_goes_on_with_what_is_looked_up(
 
     searches: list[int] = []
 
-    def after_one_draft(tokens: np.ndarray, n: int, k: int) -> list[int]:
+    def after_one_draft(tokens: np.ndarray, n: int, k: int) -> Passage:
         searches.append(k)
-        return [] if k == K else [5] * k
+        return NOTHING if k == K else Passage([5] * k, LONGEST)
 
     monkeypatch.setattr(chains, "continuation", after_one_draft)
     with engine(model=target) as llm:
@@ -162,7 +173,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     found: list[int] = []
 
-    def noted(tokens: np.ndarray, n: int, k: int) -> list[int]:
+    def noted(tokens: np.ndarray, n: int, k: int) -> Passage:
         found.append(n)
         return continuation(tokens, n, k)
 
@@ -193,9 +204,9 @@ def test_drafts_found_beside_sampled_ones_are_certain(
 
     certain = 7
 
-    def in_even_texts(tokens: np.ndarray, n: int, k: int) -> list[int]:
+    def in_even_texts(tokens: np.ndarray, n: int, k: int) -> Passage:
         """At once, or after the head's first draft."""
-        return [certain] * k if len(tokens) % 2 == 0 else []
+        return Passage([certain] * k, LONGEST) if len(tokens) % 2 == 0 else NOTHING
 
     monkeypatch.setattr(chains, "continuation", in_even_texts)
     speculation = {

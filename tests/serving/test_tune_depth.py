@@ -65,15 +65,21 @@ def test_nothing_is_chosen_from_nothing() -> None:
 
 def test_a_round_is_told_of_with_the_drafts_that_it_verified_with_an_engine_of_our_own() -> None:
     # The prefill drafts for the first round, each round for the next one.
-    drafted = [([0.9, 0.8], 0), ([], 3), ([], 3), ([0.5], 2), ([0.4], 0)]
+    drafted = [
+        ([0.9, 0.8], []),
+        ([], [0.6, 0.5, 0.4]),
+        ([], [0.9, 0.8, 0.7]),
+        ([0.5], [0.3, 0.2]),
+        ([0.4], []),
+    ]
     rounds = [(0.03125, [2]), (0.0625, [4]), (0.05, [1]), (0.06, [3])]
-    recorded = iter([[([0.1], 0)], drafted])  # what an earlier answer left is not of this one
+    recorded = iter([[([0.1], [])], drafted])  # what an earlier answer left is not of this one
     engine: Any = SimpleNamespace(collective_rpc=lambda _: [next(recorded)])
     assert chains(engine, iter(rounds)) == [
         Chain([0.9, 0.8], 1, 2),
-        Chain([1.0, 1.0, 1.0], 3, 0, 62.5),
-        Chain([1.0, 1.0, 1.0], 0, 0),
-        Chain([0.5, 0.5, 0.5], 2, 1),
+        Chain([0.6, 0.5, 0.4], 3, 0, 62.5),
+        Chain([0.9, 0.8, 0.7], 0, 0),
+        Chain([0.5, 0.3, 0.2], 2, 1),
     ]
 
 
@@ -102,4 +108,4 @@ def test_the_parts_of_a_long_prompt_are_no_rounds_with_a_drafter_of_our_own() ->
     drafter.propose()
     unfinished[0] = False
     drafter.propose()
-    assert _recorded(worker) == [([0.5], 0)]
+    assert _recorded(worker) == [([0.5], [])]
