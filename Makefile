@@ -164,7 +164,7 @@ bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
 bench-load: $(INSTALLED) demo-model
-	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) --max-k 12 $(ENGINE) --explain
+	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
@@ -187,9 +187,9 @@ bench-round: $(REDUCED)/config.json
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts \
-  speed-first-turns-fp32 speed-sampled-lookup \
+  speed-first-turns-fp32 speed-lookup-lengths speed-sampled-lookup \
   speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round round-shipped startup
-HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-by-load
+HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-lookup-lengths speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
 	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --details benchmarks/README.md --readme README.md \

@@ -323,7 +323,12 @@ def tune_head(
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts like yours, one a line.")] = None,
-    max_k: Annotated[int, typer.Option(min=1, max=16, help="Most draft tokens to try.")] = 5,
+    max_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=16, help="Most draft tokens to try; by default what the head recommends, from 5 to 16."
+        ),
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,2,4,8,16",
     tokens: Annotated[int, typer.Option(min=8, help="Output tokens of each measured request.")] = 64,
     explain: Annotated[
@@ -358,7 +363,7 @@ def tune_head(
         target,
         head,
         asked,
-        max_k=max_k,
+        max_k=max_k or min(max(head.config.num_speculative_tokens, 5), 16),
         batch_sizes=sizes,
         tokens=tokens,
         engine_options=ctx.args,

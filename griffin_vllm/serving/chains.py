@@ -34,15 +34,15 @@ class Chains:
         self._texts = list(texts)
         self._lookup_min = lookup_min
         self._stop_probability = stop_probability
-        # Of each request what its text goes on with, all of its drafts once there is such a passage, and how many of
-        # those the head had made before.
+        # Of each request the passage that its text goes on with, whole; its drafts once there is one, as far as they
+        # are likely; and how many of those the head had made before.
         self.passages = [NOTHING] * len(most)
         if texts:
             self.passages = [
                 continuation(text, lookup_min, k) if k else NOTHING
                 for text, k in zip(texts, most, strict=True)
             ]
-        self._found = [passage.likely(stop_probability) for passage in self.passages]
+        self._found = [passage.likely_tokens(stop_probability) for passage in self.passages]
         self.made_before_found = [0] * len(most)
         self.wanted_of_head = [k > 0 and not tokens for k, tokens in zip(most, self._found, strict=True)]
         # The head's probability of each request's chain so far, (requests,), 0 where nobody wants it to go on; before
@@ -94,7 +94,7 @@ class Chains:
             if passage.tokens:
                 made = [int(draft[i]) for draft in self._drafts]
                 self.passages[i] = passage
-                self._found[i] = made + passage.likely(self._stop_probability / likely)
+                self._found[i] = made + passage.likely_tokens(self._stop_probability / likely)
                 self.made_before_found[i] = len(made)
                 likelihood[i] = 0.0
 

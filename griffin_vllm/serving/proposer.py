@@ -45,8 +45,8 @@ class GriffinProposer(EagleProposer):
     (regress) back as hidden states, K times, keeping the head's KV cache in step with what the
     target accepts. EAGLE returns one vector twice there; the dual head returns two.
 
-    *Dynamic depth*: drafting stops as soon as no request's chain (``chains.py``) is, by the head's own top
-    probabilities, as likely as ``draft_stop_probability`` of the head's config. It needs a scheduler that
+    *Dynamic depth*: drafting stops as soon as no request's chain (``chains.py``) is likelier, by the head's own top
+    probabilities, than ``draft_stop_probability`` of the head's config. It needs a scheduler that
     waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes (``fixed_depth.py``).
     A request whose own chain has become too unlikely while another's went on hands on what it had until then: where
     requests share the cores or the GPU's arithmetic, verifying the rest costs more than it yields.

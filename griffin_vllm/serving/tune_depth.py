@@ -1,9 +1,9 @@
 """How likely a chain of drafts must be for another one to pay, found without a clock.
 
 Greedy decoding drafts the same chains at every depth (nearly so where some are looked up), so one run at the full
-depth tells what any other would have yielded: of each round, how likely the head held the first j drafts to be
-right together, and how many were. Put together with what a round of k drafts costs, that gives the speed of every
-pair of K and threshold.
+depth tells what any other would have yielded: of each round, how likely the first j drafts were held to be right
+together, by the head or by how far a passage agrees (``lookup.py``), and how many were. Put together with what a round
+of k drafts costs, that gives the speed of every pair of K and threshold.
 """
 
 from __future__ import annotations

@@ -50,6 +50,21 @@ def test_a_passage_is_drafted_as_far_as_it_is_likely_with_the_chain_before_it() 
     assert drafted(0.0, 0.5) == [6, 7, 8, 9, 5, 6, 7, 8]
 
 
+def test_a_passage_that_ends_before_the_drafts_of_others_is_certain_as_far_as_it_goes() -> None:
+    chains = Chains([4, 4], [REPEATING, FRESH], lookup_min=2, stop_probability=0.4)
+    distributions = torch.full((2, 20), 1 / 20)
+    for step in range(3):
+        assert not chains.extend(torch.tensor([0, 10 + step]), torch.ones(2), 3 - step, distributions)
+    chains.extend(torch.tensor([0, 13]), torch.ones(2), 0, distributions)
+    drafts = chains.handed_on(chains.drafts())
+    assert drafts == [[7, 8], [10, 11, 12, 13]]
+    certain = chains.with_certain_drafts(chains.distributions())
+    assert certain is not None
+    assert certain[0, :2].argmax(-1).tolist() == [7, 8]
+    assert (certain[0, :2].amax(-1) == 1).all()
+    torch.testing.assert_close(certain[1], distributions[1].expand(4, -1))
+
+
 def test_drafts_of_one_length_for_all_requests_stay_a_tensor() -> None:
     drafts = torch.tensor([[1, 2], [3, 4]])
     assert Chains([2, 2]).handed_on(drafts) is drafts

@@ -50,6 +50,15 @@ def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, 
     assert continuation(np.array(tokens, dtype=np.int64), n, k) == expected
 
 
+def test_no_more_than_the_longest_agreement_is_looked_for() -> None:
+    assert continuation(np.full(30, 7), 2, 1).agreeing == LONGEST
+    assert continuation(np.array([1, 2, 3, 9, 1, 2, 3]), 2, 1).agreeing == 3
+    # the second of three like passages agrees to the longest with the third, the first beyond it
+    passage = list(range(100, 100 + LONGEST))
+    text = [*range(4), *passage, 50, *passage, 60, *range(4), *passage]
+    assert continuation(np.array(text), 2, 1) == Passage([60], LONGEST)
+
+
 @pytest.mark.parametrize(
     ("agreeing", "stop_probability", "drafts"),
     [(2, 0.0, 8), (2, 0.2, 4), (3, 0.2, 6), (4, 0.2, 8), (2, 0.5, 2), (LONGEST, 0.5, 8), (2, 0.99, 1)],
@@ -57,7 +66,7 @@ def test_a_continuation_is_what_a_plain_search_finds(tokens: list[int], n: int, 
 def test_the_further_a_passage_agrees_the_more_of_it_is_drafted(
     agreeing: int, stop_probability: float, drafts: int
 ) -> None:
-    assert Passage(list(range(8)), agreeing).likely(stop_probability) == list(range(drafts))
+    assert Passage(list(range(8)), agreeing).likely_tokens(stop_probability) == list(range(drafts))
 
 
 def head(folder: Path, **settings: Any) -> str:

@@ -267,6 +267,22 @@ def test_the_v2_runner_of_a_mocked_gpu_is_refused_before_an_engine_starts(
     assert re.match("error: griffin tune: .* set VLLM_USE_V2_MODEL_RUNNER=0", done.stderr), done.stderr
 
 
+def test_as_many_drafts_are_tried_as_the_head_recommends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def noted(*_: Any, max_k: int, **__: Any) -> None:
+        tried.append(max_k)
+        raise GriffinError("not measured here")
+
+    monkeypatch.setattr("griffin_vllm.serving.tune.tune", noted)
+    for recommended in (2, 12, 20):
+        config = tiny.CONFIG.model_copy(update={"num_speculative_tokens": recommended})
+        CliRunner().invoke(app, ["tune", "target", str(tiny.write_head(tmp_path / str(recommended), config))])
+    assert tried == [5, 12, 16]
+
+
 def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from griffin_vllm.serving.chains import Chains
+from griffin_vllm.serving.lookup import Passage
 from griffin_vllm.serving.tune_depth import (
     Chain,
     Depth,
@@ -109,3 +110,26 @@ def test_the_parts_of_a_long_prompt_are_no_rounds_with_a_drafter_of_our_own() ->
     unfinished[0] = False
     drafter.propose()
     assert _recorded(worker) == [([0.5], [])]
+
+
+@pytest.mark.parametrize(("by_head", "before"), [(0, 1.0), (1, 0.5)])
+def test_what_is_looked_up_is_as_likely_as_its_agreement_and_what_the_head_made_before_it_with_a_drafter_of_our_own(
+    by_head: int, before: float
+) -> None:
+    passage = Passage([1, 2, 3], 2)
+
+    class LooksUp(Drafter):
+        def propose(self) -> list[list[int]]:
+            made = [int(self._greedy_sample()) for _ in range(by_head)]
+            return [made + passage.tokens]
+
+    drafter: Any = LooksUp()
+    drafter.chains = Chains([4])
+    drafter.chains.passages = [passage]
+    finished = SimpleNamespace(np=np.array([False]))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(drafter=drafter, discard_request_mask=finished))
+    assert _start_recording(worker)
+    drafter.propose()
+    [(made, looked_up)] = _recorded(worker)
+    assert made == [0.5] * by_head
+    assert looked_up == pytest.approx([before * (2 / (2 + n)) ** 1.5 for n in (1, 2, 3)])
