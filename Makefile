@@ -116,6 +116,9 @@ bench-acceptance: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,$(BENCH_HEADS) --num-speculative-tokens 3 \
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
 	  --json $(RESULTS)/acceptance-sampled.json
+	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,griffin:$(TARGET) --num-speculative-tokens 3 \
+	  --temperature 1 --draft-sample-method probabilistic,greedy --oracle --num-prompts 6 \
+	  --json $(RESULTS)/acceptance-sampled-lookup.json
 
 $(REDUCED)/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors griffin_vllm/heads/$(TARGET)/config.json \
   | $(INSTALLED) demo-model
@@ -186,9 +189,9 @@ bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled speed speed-more-prompts \
-  speed-first-turns-fp32 speed-lookup-lengths speed-sampled-lookup \
-  speed-sampled speed-long speed-by-load speed-by-load-fixed speed-served round round-shipped startup
+RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled acceptance-sampled-lookup speed \
+  speed-more-prompts speed-first-turns-fp32 speed-lookup-lengths speed-sampled-lookup speed-sampled speed-long \
+  speed-by-load speed-by-load-fixed speed-served round round-shipped startup
 HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-lookup-lengths speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
