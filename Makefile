@@ -116,9 +116,6 @@ bench-acceptance: $(INSTALLED) demo-model
 	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,$(BENCH_HEADS) --num-speculative-tokens 3 \
 	  --temperature 1 --draft-sample-method greedy,probabilistic --oracle --num-prompts 6 \
 	  --json $(RESULTS)/acceptance-sampled.json
-	$(MEASURE) benchmarks/acceptance.py $(BENCH) --methods none,griffin:$(TARGET) --num-speculative-tokens 3 \
-	  --temperature 1 --draft-sample-method probabilistic,greedy --oracle --num-prompts 6 \
-	  --json $(RESULTS)/acceptance-sampled-lookup.json
 
 $(REDUCED)/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors griffin_vllm/heads/$(TARGET)/config.json \
   | $(INSTALLED) demo-model

@@ -11,6 +11,9 @@ from typer.core import TyperCommand, TyperGroup
 from griffin_vllm import __version__
 from griffin_vllm.errors import GriffinError
 
+# Of drafts by `griffin tune`: fewer would miss what pays on this machine, and each number takes its time to measure.
+FEWEST_TRIED, MOST_TRIED = 5, 16
+
 
 class _OneLineErrors(TyperGroup):
     """Bad input, or a package that is not there, ends in one red line on stderr and exit status 2, never in a
@@ -326,7 +329,9 @@ def tune_head(
     max_k: Annotated[
         int | None,
         typer.Option(
-            min=1, max=16, help="Most draft tokens to try; by default what the head recommends, from 5 to 16."
+            min=1,
+            max=MOST_TRIED,
+            help=f"Most draft tokens to try; by default what the head recommends, {FEWEST_TRIED} at least.",
         ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,2,4,8,16",
@@ -363,7 +368,7 @@ def tune_head(
         target,
         head,
         asked,
-        max_k=max_k or min(max(head.config.num_speculative_tokens, 5), 16),
+        max_k=max_k or min(max(head.config.num_speculative_tokens, FEWEST_TRIED), MOST_TRIED),
         batch_sizes=sizes,
         tokens=tokens,
         engine_options=ctx.args,
