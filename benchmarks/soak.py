@@ -440,6 +440,7 @@ async def metrics(url: str) -> Counter[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = records.parser(
         __doc__,
+        without=("--turns",),
         dtype="float32",
         enforce_eager=True,
         max_tokens=96,

@@ -155,7 +155,9 @@ def speedup(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096)
+    parser = records.parser(
+        __doc__, num_speculative_tokens=[], concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096
+    )
     records.add_draft_sample_method(parser)
     parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
     parser.add_argument(
@@ -164,10 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="TUNING.json",
-        help="records of this script on other prompts: also run each method at the K that was fastest there",
+        help="records of this script on other prompts: run each method (also) at the K that was fastest there",
     )
     parser.add_argument("--served", action="store_true", help="measure with `vllm bench serve`")
     args = parser.parse_args(argv)
+    if not args.num_speculative_tokens and not args.best_k_from:
+        args.num_speculative_tokens = [5]
     methods, sets = records.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
@@ -245,6 +249,11 @@ def _plan(
     planned = []
     for method in methods:
         extra = [best[named(method)]] if named(method) in best else []
+        if not ks and not extra and method.name != "none":
+            raise GriffinError(
+                f"--best-k-from: nothing was measured there of {method.name}"
+                f"{f':{method.head}' if method.head else ''}; say --num-speculative-tokens, or leave it out"
+            )
         planned += runs([method], list(dict.fromkeys([*ks, *extra])), dtype)
     return planned
 
@@ -263,9 +272,7 @@ def _on_cpu() -> bool:
 def _measure(
     llm: LLM, run: Run, conversations: Sequence[Conversation], args: argparse.Namespace
 ) -> Iterator[tuple[float, int, Sample]]:
-    for temperature in args.temperature:
-        if temperature == 0 and run.draft_sample_method != "greedy":
-            continue
+    for temperature in run.temperatures:
         for concurrency in args.concurrency:
             options: dict[str, Any] = {"temperature": temperature, "concurrency": concurrency}
             engines.answer(llm, conversations[:concurrency], max_tokens=WARM_UP_TOKENS, **options)
@@ -349,9 +356,7 @@ def _main_served(
         run = planned[engine]
         with record.attempt(run), served.server(run, arguments) as server:
             record.note_engine(run, served.asked(arguments))
-            for prompts, temperature, concurrency in product(sets, args.temperature, args.concurrency):
-                if temperature == 0 and run.draft_sample_method != "greedy":
-                    continue
+            for prompts, temperature, concurrency in product(sets, run.temperatures, args.concurrency):
                 found = served.bench(
                     server.url,
                     args.target,

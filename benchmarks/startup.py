@@ -26,7 +26,8 @@ COLUMNS = ("method", "head", "num_speculative_tokens", "startup_seconds", "beyon
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, prompts=[])
+    asks_nothing = ("--prompts", "--num-prompts", "--turns", "--temperature", "--max-tokens")
+    parser = records.parser(__doc__, without=asks_nothing, prompts=[])
     parser.add_argument("--repeats", type=int, default=5, help="starts of each method")
     args = parser.parse_args(argv)
     methods, sets = records.load_inputs(args)

@@ -12,6 +12,7 @@ vocabulary, one backward pass a step.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import resource
@@ -32,6 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.records import machine
 from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.training.attention import choose_attention
@@ -93,6 +97,8 @@ def main(
     )
     if json_path is not None:
         settings = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
             "target": target.name,
             "tokens": tokens,
             "batch": batch,

@@ -21,6 +21,8 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import atomic_folder, read_json
 
 CONFIG_FILE = "config.json"
+# What `griffin tune` writes beside a head; vLLM never reads it.
+TUNING_FILE = "tuning.json"
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 PREFIX = "griffin:"
@@ -132,7 +134,7 @@ def find_head(name: str) -> Path:
         raise GriffinError(
             f"{PREFIX}{name[:80]}: cannot be looked up ({GriffinError.reason(error)})"
         ) from error
-    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
+    if _HUB_ID.fullmatch(name):
         return _download(name)
     near = difflib.get_close_matches(name, bundled_heads(), n=1, cutoff=0.4)
     hint = (
@@ -211,9 +213,9 @@ def check_values(head: Head) -> None:
     Raises:
         GriffinError: NaN or infinity in a tensor.
     """
-    for name, tensor in load_tensors(head.weights).items():
-        # the copy of the embeddings is the target's business; nothing here reads it
-        if name != EMBEDDINGS and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    # the copy of the embeddings is the target's business; nothing here reads it
+    for name, tensor in load_tensors(head.weights, tensor_shapes(head.config)).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise GriffinError.at(head.weights, f"tensor {name}", "NaN or infinite", "finite numbers")
 
 
@@ -221,7 +223,9 @@ def weights_digest(*files: Path) -> str:
     """Start of the SHA-256 of weights files: a head's name may stay when it is trained anew."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,8 @@ from griffin_vllm.files import read_json
 
 METHOD = "griffin"
 ARCHITECTURE = "GriffinForCausalLM"
+# What of a served head's config the proposer asks for, beyond what vLLM itself reads.
+DRAFTING_SETTINGS = ("draft_stop_probability", "prompt_lookup_min", "draft_context_limit")
 # What can be trained; HASS trains an EAGLE head. Only GRIFFIN heads are served by this package.
 HeadName = Literal["griffin", "eagle"]
 REFERENCE_MODEL_TYPES = ("llama", "qwen2")
@@ -113,9 +115,7 @@ class HeadConfig(BaseModel):
             "target_model_type": self.target_model_type,
             "trained_context_length": self.trained_context_length,
             "draft_sample_method": self.draft_sample_method,
-            "draft_stop_probability": self.draft_stop_probability,
-            "prompt_lookup_min": self.prompt_lookup_min,
-            "draft_context_limit": self.draft_context_limit,
+            **{name: getattr(self, name) for name in DRAFTING_SETTINGS},
             "torch_dtype": "bfloat16",
         }
 
@@ -170,9 +170,7 @@ class HeadConfig(BaseModel):
                 "target_model_type": raw.get("target_model_type"),
                 "trained_context_length": raw.get("trained_context_length"),
                 "draft_sample_method": raw.get("draft_sample_method", "greedy"),
-                "draft_stop_probability": raw.get("draft_stop_probability", 0.0),
-                "prompt_lookup_min": raw.get("prompt_lookup_min", 0),
-                "draft_context_limit": raw.get("draft_context_limit"),
+                **{name: raw.get(name, cls.model_fields[name].default) for name in DRAFTING_SETTINGS},
             }
         except (KeyError, IndexError, TypeError) as error:
             raise GriffinError.at(
@@ -267,7 +265,9 @@ def target_sizes(config: dict[str, Any], where: str | Path) -> tuple[str, int, i
     Raises:
         GriffinError: one of them is missing; ``where`` names the target.
     """
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise GriffinError.at(where, "text_config", text, "an object")
     try:
         return config["model_type"], text["hidden_size"], text["vocab_size"]
     except KeyError as error:

@@ -15,6 +15,7 @@ from griffin_vllm.checkpoint import (
     CONFIG_FILE,
     EMBEDDINGS,
     SAFETENSORS_FILE,
+    TUNING_FILE,
     Head,
     draft_vocabulary_tensors,
     load_tensors,
@@ -23,7 +24,7 @@ from griffin_vllm.checkpoint import (
 )
 from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import atomic_folder, may_be_replaced, read_json
+from griffin_vllm.files import atomic_folder, exists_here, may_be_replaced, read_json
 
 _REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, "README.md"}
 
@@ -66,21 +67,25 @@ def convert(
 def check_destination(folder: Path) -> None:
     """Raise GriffinError unless ``folder`` is new, or holds a head and nothing else: then it may be replaced."""
     if not may_be_replaced(folder, _REPLACED):
+        more = sorted({path.name for path in folder.iterdir()} - _REPLACED) if folder.is_dir() else []
         raise GriffinError.at(
-            "griffin convert", "DST", str(folder), "a new folder, or one with nothing but a head to replace"
+            "griffin convert",
+            "DST",
+            f"{folder}{f' with {more[0]}' if more else ''}",
+            "a new folder, or one with nothing but a head to replace",
         )
 
 
 def _config_here(target: str) -> dict[str, Any]:
     """The target's config, empty where it is not on this machine."""
     path = Path(target) / CONFIG_FILE
-    if not Path(target).exists():
+    if not exists_here(target):
         try:
             cached = try_to_load_from_cache(target, CONFIG_FILE)
         except HFValidationError:  # not a Hub id either
             cached = None
         path = Path(cached) if isinstance(cached, str) else path
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if exists_here(str(path)) else {}
 
 
 def cached_served_layout(head: Head, cache: Path) -> Path:
@@ -100,12 +105,14 @@ def cached_served_layout(head: Head, cache: Path) -> Path:
     folder = cache / f"{head.folder.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
-    if head.weights.suffix != ".safetensors":
-        return convert(head.folder, folder).folder
     try:
-        with atomic_folder(folder) as staging:
-            (staging / SAFETENSORS_FILE).symlink_to(head.weights)
-            (staging / CONFIG_FILE).write_text(served, encoding="utf-8")
+        # Another server may be making the same one, or have it in use by now.
+        with atomic_folder(folder, keeps=True) as staging:
+            if head.weights.suffix == ".safetensors":
+                (staging / SAFETENSORS_FILE).symlink_to(head.weights)
+                (staging / CONFIG_FILE).write_text(served, encoding="utf-8")
+            else:
+                convert(head.folder, staging)
     except OSError as error:
         raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
     return folder
@@ -118,6 +125,6 @@ def _is_served_as_it_is(head: Head) -> bool:
     """
     beside = {path.name for path in head.folder.iterdir() if path.suffix in (".bin", ".json", ".safetensors")}
     return (
-        beside == {CONFIG_FILE, SAFETENSORS_FILE}
+        beside - {TUNING_FILE} == {CONFIG_FILE, SAFETENSORS_FILE}
         and read_json(head.folder / CONFIG_FILE) == head.config.to_served()
     )

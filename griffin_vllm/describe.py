@@ -9,7 +9,7 @@ from typing import Any
 from griffin_vllm.checkpoint import CONFIG_FILE, DRAFT_TO_TARGET, TARGET_TO_DRAFT, Head, tensor_shapes
 from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import read_json
+from griffin_vllm.files import exists_here, read_json
 
 
 def describe(head: Head) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def misfit(head: Head, target: str) -> str | None:
 
 
 def _target_config(target: str) -> dict[str, Any]:
-    if Path(target).is_dir():
+    if exists_here(target):
         return read_json(Path(target) / CONFIG_FILE)
     from huggingface_hub import hf_hub_download
 

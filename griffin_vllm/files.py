@@ -59,7 +59,7 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
     Raises:
         GriffinError: it cannot be written; an old file is untouched.
     """
-    unfinished = path.with_name(path.name + ".partial")
+    unfinished = _unfinished(path)
     try:
         if isinstance(content, str):
             unfinished.write_text(content, encoding="utf-8")
@@ -69,6 +69,31 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+def check_write_whole(path: Path) -> None:
+    """Raise GriffinError if it can be seen already that ``write_whole`` would fail; nothing is left behind."""
+    unfinished = _unfinished(path)
+    try:
+        if path.exists() and not path.is_file():
+            kind = "Is a directory" if path.is_dir() else "Not a regular file"
+            raise GriffinError(f"{path}: cannot be written ({kind})")
+        unfinished.open("ab").close()
+        unfinished.unlink()
+    except OSError as error:
+        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def exists_here(name: str) -> bool:
+    """Whether ``name`` is a path on this machine; what cannot be one (it is too long, say) is not."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
@@ -84,14 +109,19 @@ def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A staging folder beside ``folder`` that takes its place when the block ends without an error."""
+def atomic_folder(folder: Path, *, keeps: bool = False) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that takes its place when the block ends without an error.
+
+    One that is there by then is replaced, or with ``keeps`` left in its place.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield staging
         staging.chmod(0o755)
-        if folder.exists():
+        if keeps:
+            _rename_unless_there(staging, folder)
+        elif folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             try:
                 os.replace(folder, old / folder.name)
@@ -105,3 +135,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _rename_unless_there(staging: Path, folder: Path) -> None:
+    try:
+        # fails on a folder that is not empty
+        os.rename(staging, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(staging, ignore_errors=True)

@@ -310,6 +310,19 @@ def test_a_folder_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
+def test_a_folder_that_another_process_has_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    head = tmp_path / "head"
+    with atomic_folder(head, keeps=True) as staging:
+        (staging / "file").write_text("late")
+        head.mkdir()
+        (head / "file").write_text("first")
+    assert (head / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+    with atomic_folder(tmp_path / "new", keeps=True) as staging:
+        (staging / "file").write_text("alone")
+    assert (tmp_path / "new" / "file").read_text() == "alone"
+
+
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,22 @@ def test_convert_refuses_a_target_that_no_head_can_serve(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_target_of_no_possible_name_or_with_a_text_config_that_is_none_is_one_line(
+    published: Path, tmp_path: Path
+) -> None:
+    sizes = {"model_type": "llama", "hidden_size": 64, "vocab_size": 96, "text_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    status, output = run("inspect", published, "--target", "x" * 300)
+    assert (status, output.count("\n")) == (2, 1)
+    assert "is no folder and not on the Hub" in output
+    assert run("convert", published, tmp_path / "out", "--target", "x" * 300)[0] == 0
+    assert run("convert", published, tmp_path / "out", "--target", tmp_path)[0] == 0
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"text_config": [1]}))
+    status, output = run("inspect", published, "--target", tmp_path)
+    assert status == 2
+    assert "text_config is [1], expected an object" in output
+
+
 def test_a_destination_that_cannot_be_looked_up_is_said_in_one_line(published: Path) -> None:
     status, output = run("convert", published, "x" * 300)
     assert status == 2
@@ -130,6 +146,7 @@ def test_convert_replaces_a_head_and_nothing_else(published: Path, tmp_path: Pat
         status, output = run("convert", published, destination)
         assert status == 2
         assert "griffin convert: DST is " in output
+    assert "out with notes.txt', expected a new folder" in run("convert", published, out)[1]
     assert (out / "notes.txt").read_text() == file.read_text() == "mine"
     assert open_head(published)
 

@@ -31,6 +31,12 @@ def warn(config: VllmConfig) -> None:
     speculation = config.speculative_config
     head = speculation.draft_model_config.hf_config
     fixed_by = reasons(config)
+    if config.use_v2_model_runner and head.draft_context_limit is not None:
+        logger.warning(
+            "This GRIFFIN head should draft nothing beyond %d tokens of context, which vLLM's V2 model runner does "
+            "not know: long requests may be slower than without speculation",
+            head.draft_context_limit,
+        )
     if fixed_by and (head.draft_stop_probability or head.prompt_lookup_min):
         logger.warning(
             "This GRIFFIN head drafts %d tokens in every round here, without prompt lookup or an early stop "

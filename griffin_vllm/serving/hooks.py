@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import importlib
 import sys
@@ -21,7 +22,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from griffin_vllm.checkpoint import PREFIX, asks_for_griffin
-from griffin_vllm.config import ARCHITECTURE, METHOD
+from griffin_vllm.config import ARCHITECTURE, DRAFTING_SETTINGS, METHOD, HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving import touch_point
 from griffin_vllm.serving.touch_point import DoesNotFitError, OnImport, TouchPoint
@@ -109,9 +110,8 @@ def _read_our_configs(algos: ModuleType) -> None:
         pre_trained_config["draft_vocab_size"] = (
             config_dict.get("draft_vocab_size") or pre_trained_config["vocab_size"]
         )
-        pre_trained_config["draft_stop_probability"] = config_dict.get("draft_stop_probability", 0.0)
-        pre_trained_config["prompt_lookup_min"] = config_dict.get("prompt_lookup_min", 0)
-        pre_trained_config["draft_context_limit"] = config_dict.get("draft_context_limit")
+        for name in DRAFTING_SETTINGS:
+            pre_trained_config[name] = config_dict.get(name, HeadConfig.model_fields[name].default)
 
 
 def _know_our_model(models: ModuleType) -> None:
@@ -263,12 +263,15 @@ def _sample_plainly_without_drafts(module: ModuleType) -> None:
         **kwargs: Any,
     ) -> Any:
         if getattr(self, "serves_griffin", False):
+            # A row of logits a request: what a thinking budget forces is in the row that vLLM calls the bonus one.
             if metadata.max_spec_len == 0:
-                return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+                return self.sampler(logits, sampling_metadata, predict_bonus_token=True)
             if getattr(sampling_metadata, "logprob_token_ids", None):
                 last = metadata.bonus_logits_indices
                 first = last - last.new_tensor(metadata.num_draft_tokens)
-                return self.sampler(logits=logits[first], sampling_metadata=sampling_metadata)
+                no_drafts: list[list[int]] = [[] for _ in metadata.num_draft_tokens]
+                undrafted = dataclasses.replace(sampling_metadata, spec_token_ids=no_drafts)
+                return self.sampler(logits[first], undrafted, predict_bonus_token=True)
         return original(self, metadata, draft_probs, logits, sampling_metadata, *args, **kwargs)
 
     forward.griffin = True  # type: ignore[attr-defined]
@@ -410,6 +413,8 @@ RELIED_ON = (
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.discard_request_mask",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.requests",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
+    "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)",
+    "vllm.v1.sample.metadata:SamplingMetadata(spec_token_ids)",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata(num_draft_tokens, bonus_logits_indices)",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",

@@ -261,7 +261,7 @@ class DraftVocabulary(nn.Module):
         """Fill this ``lm_head`` from the target's, which must be loaded.
 
         Raises:
-            GriffinError: the target's is quantized, so it has no rows to take.
+            GriffinError: the target's is quantized or packed, so it has no rows to take.
         """
         method = lm_head.quant_method
         if not isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod):
@@ -270,6 +270,13 @@ class DraftVocabulary(nn.Module):
                 "lm_head",
                 type(method).__name__,
                 "no quantization (the draft vocabulary takes rows)",
+            )
+        if lm_head.weight.ndim != 2:
+            raise GriffinError.at(
+                "target",
+                "lm_head",
+                f"packed by {type(method).__name__}",
+                "rows as in its checkpoint (the draft vocabulary takes some); serve a head with the whole vocabulary",
             )
         shard = lm_head.shard_indices
         here = self.target_ids >= shard.org_vocab_start_index

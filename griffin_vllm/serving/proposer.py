@@ -71,7 +71,8 @@ class GriffinProposer(EagleProposer):
 
     One thing it does less of for another reason: with ``min_tokens`` a request gets no more drafts than leave the
     target's own token behind them below that length, for vLLM keeps *that* token from ending the answer whenever the
-    step began below it.
+    step began below it. Where the scheduler does not wait the numbers of drafts are fixed, and an answer may end later
+    than plain vLLM's.
     """
 
     model: GriffinForCausalLM
@@ -84,12 +85,13 @@ class GriffinProposer(EagleProposer):
         self.steps_may_vary = config.parallel_config.data_parallel_size == 1
         self.scheduler_waits = not config.scheduler_config.async_scheduling
         self.shapes_may_vary = not fixed_depth.reasons(config)
-        stop_probability: float = getattr(head, "draft_stop_probability", 0.0)
-        self.stop_probability = stop_probability if self.shapes_may_vary else 0.0
-        self.lookup_min: int = getattr(head, "prompt_lookup_min", 0) if self.shapes_may_vary else 0
-        self.context_limit: int | None = getattr(head, "draft_context_limit", None)
-        # A KV connector reads blocks behind the proposer's back; see also initialize_attn_backend.
-        self.may_postpone = self.steps_may_vary and config.kv_transfer_config is None
+        self.stop_probability: float = head.draft_stop_probability if self.shapes_may_vary else 0.0
+        self.lookup_min: int = head.prompt_lookup_min if self.shapes_may_vary else 0
+        self.context_limit: int | None = head.draft_context_limit
+        # A KV connector reads blocks behind the proposer's back, and saves a layer's where the layer attends.
+        self.has_connector = config.kv_transfer_config is not None
+        # See also initialize_attn_backend.
+        self.may_postpone = self.steps_may_vary and not self.has_connector
         self.postponed = PostponedWrites(self._write_cache)
         # Those of this round, and how many draft steps of it are still to be made.
         self.chains = Chains([])
@@ -123,56 +125,89 @@ class GriffinProposer(EagleProposer):
         super().initialize_attn_backend(kv_cache_config, *args, **kwargs)
         self.may_postpone &= len(kv_cache_config.kv_cache_groups) == 1
 
-    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor | list[list[int]]:
-        """Drafts (requests, K or fewer); a list where requests get different numbers of them."""
+    def propose(
+        self,
+        *,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        **rest: Any,
+    ) -> torch.Tensor | list[list[int]]:
+        """Drafts after a step of the target over N tokens.
+
+        Args:
+            num_speculative_tokens: the most that are wanted of a request; 0 only writes the head's KV cache.
+            target_token_ids, target_positions: (N,) what the target has seen, and where.
+            target_hidden_states: (N, d) its final normalised hidden states there.
+            next_token_ids: (requests,) the token sampled last.
+            token_indices_to_sample: (requests,) of each the last of its N tokens that was accepted; None: the last.
+            rest: what only vLLM's own loop needs.
+
+        Returns:
+            (requests, K or fewer); a list where requests get different numbers of them.
+        """
         # Not every way below leads through vLLM's own loop.
         self._last_draft_probs: torch.Tensor | None = None
-        wanted: int = kwargs["num_speculative_tokens"]
-        near = self._within_limit(kwargs["common_attn_metadata"])
+        near = self._within_limit(common_attn_metadata)
         all_far = self.steps_may_vary and not any(near)
-        most = [wanted if close else 0 for close in near]
-        ends: list[int] = []
+        most = [num_speculative_tokens if close else 0 for close in near]
+        texts: list[np.ndarray] = []
         if self.scheduler_waits:
-            ends = _last_rows(kwargs["common_attn_metadata"], kwargs["token_indices_to_sample"])
-            self._leave_out_unfinished_prompts(most, ends, **kwargs)
-            self._stay_below_min_tokens(most, ends, kwargs["target_positions"])
-        texts = self._texts_so_far(ends, **kwargs) if self.lookup_min and any(most) else []
+            ends = _last_rows(common_attn_metadata, token_indices_to_sample)
+            last_positions = target_positions[ends].tolist()
+            self._leave_out_unfinished_prompts(most, last_positions, next_token_ids)
+            self._stay_below_min_tokens(most, last_positions)
+            if self.lookup_min and any(most):
+                starts = common_attn_metadata.query_start_loc_cpu.tolist()
+                texts = self._texts_so_far(starts, ends, target_token_ids, target_positions, next_token_ids)
         self.chains = Chains(most, texts, self.lookup_min, self.stop_probability)
-        idle = wanted == 0 or (self.steps_may_vary and not any(self.chains.wanted_of_head))
-        if idle and self._only_decodes(kwargs["common_attn_metadata"]):
-            drafts = self._postpone(**kwargs)
+        idle = num_speculative_tokens == 0 or (self.steps_may_vary and not any(self.chains.wanted_of_head))
+        if idle and self._only_decodes(common_attn_metadata):
+            requests = len(next_token_ids)
+            # of one token a request, the token after it is the next one
+            slots = common_attn_metadata.slot_mapping[:requests]
+            self.postponed.add(
+                next_token_ids, target_positions[:requests], target_hidden_states[:requests], slots
+            )
+            drafts = next_token_ids.new_empty(requests, 0, dtype=torch.int64)
         else:
             self.postponed.write()
-            drafts = self._draft(*args, **kwargs | {"num_speculative_tokens": 0 if idle else wanted})
+            drafts = self._draft(
+                0 if idle else num_speculative_tokens,
+                target_token_ids=target_token_ids,
+                target_positions=target_positions,
+                target_hidden_states=target_hidden_states,
+                next_token_ids=next_token_ids,
+                token_indices_to_sample=token_indices_to_sample,
+                common_attn_metadata=common_attn_metadata,
+                **rest,
+            )
         self._last_draft_probs = self.chains.with_certain_drafts(self._last_draft_probs)
         if not self.scheduler_waits:
-            return drafts.new_zeros(len(near), wanted) if all_far else drafts
+            return drafts.new_zeros(len(near), num_speculative_tokens) if all_far else drafts
         return self.chains.handed_on(drafts)
 
     def _leave_out_unfinished_prompts(
-        self,
-        most: list[int],
-        ends: Sequence[int],
-        *,
-        next_token_ids: torch.Tensor,
-        target_positions: torch.Tensor,
-        **_: Any,
+        self, most: list[int], last_positions: Sequence[int], next_token_ids: torch.Tensor
     ) -> None:
         """A request whose prompt goes on in the next step wants no drafts in ``most``. vLLM says that its next token is
-        the prompt's last one; for the head's cache it is made the one after this step's part."""
+        the prompt's last one; in ``next_token_ids`` it is made the one after this step's part, which is what the head's
+        cache needs."""
         text = self.runner.input_batch.token_ids_cpu
         for i in self.runner.discard_request_mask.np[: len(most)].nonzero()[0].tolist():
             most[i] = 0
-            next_token_ids[i] = int(text[i, int(target_positions[ends[i]]) + 1])
+            next_token_ids[i] = int(text[i, last_positions[i] + 1])
 
-    def _stay_below_min_tokens(
-        self, most: list[int], ends: Sequence[int], target_positions: torch.Tensor
-    ) -> None:
+    def _stay_below_min_tokens(self, most: list[int], last_positions: Sequence[int]) -> None:
         batch, requests = self.runner.input_batch, self.runner.requests
         for i, request in enumerate(batch.req_ids[: len(most)]):
             least = getattr(requests[request].sampling_params, "min_tokens", 0)
             if least and most[i]:
-                answered = int(target_positions[ends[i]]) + 2 - int(batch.num_prompt_tokens[i])
+                answered = last_positions[i] + 2 - int(batch.num_prompt_tokens[i])
                 if answered < least:
                     most[i] = min(most[i], least - answered - 1)
 
@@ -185,16 +220,14 @@ class GriffinProposer(EagleProposer):
 
     def _texts_so_far(
         self,
+        starts: Sequence[int],
         ends: Sequence[int],
-        *,
         target_token_ids: torch.Tensor,
         target_positions: torch.Tensor,
         next_token_ids: torch.Tensor,
-        common_attn_metadata: CommonAttentionMetadata,
-        **_: Any,
     ) -> list[np.ndarray]:
-        """Of each request what the runner had before this step, the step's accepted tokens, and what was sampled."""
-        starts = common_attn_metadata.query_start_loc_cpu.tolist()
+        """Of each request what the runner had before this step, the step's accepted tokens (from its place in
+        ``starts`` to that in ``ends``), and what was sampled."""
         before = self.runner.input_batch.token_ids_cpu
         step, positions = target_token_ids.cpu().numpy(), target_positions.cpu().numpy()
         sampled = next_token_ids.cpu().numpy().astype(before.dtype)
@@ -210,23 +243,6 @@ class GriffinProposer(EagleProposer):
             self.may_postpone and metadata.max_query_len == 1 and head is not None and head.writes_cache_apart
         )
 
-    def _postpone(
-        self,
-        *,
-        next_token_ids: torch.Tensor,
-        target_positions: torch.Tensor,
-        target_hidden_states: torch.Tensor,
-        common_attn_metadata: CommonAttentionMetadata,
-        **_: Any,
-    ) -> torch.Tensor:
-        """No drafts (requests, 0). Of one token a request, the token after it is the next one."""
-        requests = len(next_token_ids)
-        slots = common_attn_metadata.slot_mapping[:requests]
-        self.postponed.add(
-            next_token_ids, target_positions[:requests], target_hidden_states[:requests], slots
-        )
-        return next_token_ids.new_empty(requests, 0, dtype=torch.int64)
-
     def _write_cache(
         self,
         input_ids: torch.Tensor,
@@ -238,13 +254,14 @@ class GriffinProposer(EagleProposer):
         with set_forward_context(None, self.vllm_config, num_tokens=len(slots), slot_mapping=mapping):
             self.model.model.write_cache(input_ids, positions, hidden_states)
 
-    def _draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._missing = kwargs["num_speculative_tokens"]
+    def _draft(self, steps: int, **step_of_target: Any) -> torch.Tensor:
+        """vLLM's own loop of ``steps`` draft steps, or fewer: (requests, drafts)."""
+        self._missing = steps
         if head := self._unwrapped:
-            head.writes_cache_only = self._missing == 0
-            head.feeds_back = self._missing > 1
+            head.writes_cache_only = steps == 0 and not self.has_connector
+            head.feeds_back = steps > 1
         try:
-            return super().propose(*args, **kwargs)
+            return super().propose(num_speculative_tokens=steps, **step_of_target)
         except DraftedEnough:
             self._last_draft_probs = self.chains.distributions()
             return self.chains.drafts()

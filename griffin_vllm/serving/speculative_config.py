@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from griffin_vllm.checkpoint import (
     PREFIX,
     Head,
     asks_for_griffin,
+    bundled_heads,
     check_values,
     find_head,
     is_griffin_head,
@@ -34,6 +35,7 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import exists_here
 from griffin_vllm.serving.tuning import precision, read_tuning, tuning_file
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ logger = init_logger(f"vllm.{__name__}")
 MAX_SPECULATIVE_TOKENS = 128
 
 STOP_PROBABILITY, PROMPT_LOOKUP = "draft_stop_probability", "prompt_lookup_min"
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 # What is not vLLM's (or not with method `eagle`) and goes into the head's config on its way to the workers.
 HEAD_SETTINGS = (STOP_PROBABILITY, PROMPT_LOOKUP)
 # Keys of vLLM's speculative config that mean something for a GRIFFIN head and are passed on as they are.
@@ -58,7 +61,7 @@ _PASSED_ON = {
     "enforce_eager",
     "kv_cache_dtype",
     "max_model_len",
-    "num_speculative_tokens_per_batch_size",
+    SCHEDULE,
     "quantization",
     "rejection_sample_method",
     "synthetic_acceptance_length",
@@ -117,7 +120,8 @@ def resolve(
     check_values(head)
     given = {key: value for key, value in given.items() if value is not None}
     given = {**_tuned(given, spec_tokens, head, target), **given}
-    k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, head, target)
+    scheduled = [k for _, _, k in given.get(SCHEDULE, [])]
+    k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, scheduled, head, target)
     _warn_of_emulation(target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
@@ -134,7 +138,7 @@ def _tuned(
     given: Mapping[str, Any], spec_tokens: int | None, head: Head, target: ModelConfig
 ) -> dict[str, Any]:
     """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
-    said = {"num_speculative_tokens", "num_speculative_tokens_per_batch_size", PROMPT_LOOKUP} & given.keys()
+    said = {"num_speculative_tokens", SCHEDULE, PROMPT_LOOKUP} & given.keys()
     asked = bool(said) or spec_tokens is not None
     tuning = None if asked else read_tuning(head, precision(target))
     if tuning is not None:
@@ -185,7 +189,7 @@ def _check_keys(given: Mapping[str, Any], parallel: ParallelConfig) -> None:
             near = difflib.get_close_matches(key, defaults, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise GriffinError(f"speculative_config: {key} is not a key of this vLLM{hint}")
-        if key == "num_speculative_tokens_per_batch_size" and value is not None:
+        if key == SCHEDULE and value is not None:
             _check_schedule(key, value)
         if value == defaults[key]:
             continue
@@ -252,7 +256,7 @@ def _with_revision(name: str, given: dict[str, Any]) -> str:
     revision = given.pop("revision", None)
     if revision is None:
         return name
-    if "@" in name or Path(name).exists():
+    if "@" in name or name in bundled_heads() or exists_here(name):
         raise GriffinError.at("speculative_config", "revision", revision, f"none (the head is {name!r})")
     return f"{name}@{revision}"
 
@@ -291,7 +295,10 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
             raise GriffinError.at(where, name, size, f"a number that tensor_parallel_size={ranks} divides")
 
 
-def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConfig) -> int:
+def _speculative_tokens(
+    in_config: Any, flag: Any, scheduled: Sequence[int], head: Head, target: ModelConfig
+) -> int:
+    """K: what is asked for, else the most that the schedule asks for, else what the head recommends."""
     recommended = head.config.num_speculative_tokens
     # `vllm serve HEAD` puts the head's own recommendation into the config; a flag overrides that.
     if in_config is not None and flag is not None and in_config != recommended:
@@ -299,6 +306,8 @@ def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConf
             f"--num-speculative-tokens (or --spec-tokens) is {flag!r} and the speculative config's "
             f"num_speculative_tokens is {in_config!r}: give one of them"
         )
+    in_config = None if scheduled and in_config == recommended else in_config
+    recommended = max(1, *scheduled) if scheduled else recommended
     k: Any = next((value for value in (flag, in_config) if value is not None), recommended)
     limit = min(MAX_SPECULATIVE_TOKENS, target.max_model_len - 1)
     if type(k) is not int or not 0 < k <= limit:
@@ -308,5 +317,10 @@ def _speculative_tokens(in_config: Any, flag: Any, head: Head, target: ModelConf
             "num_speculative_tokens",
             k,
             f"a whole number from 1 to {limit}",
+        )
+    if scheduled and max(scheduled) > k:
+        # vLLM would cut it without a word
+        raise GriffinError.at(
+            "speculative_config", SCHEDULE, max(scheduled), f"at most num_speculative_tokens, which is {k}"
         )
     return k

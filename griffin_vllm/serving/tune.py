@@ -69,6 +69,16 @@ PROMPTS = (
 )
 
 
+def _rendered(target: str, prompts: Sequence[str]) -> list[list[int]]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+        return [render(tokenizer, [prompt]) for prompt in prompts]
+    except Exception as error:  # tokenizers and templates fail in ways of their own
+        raise GriffinError(
+            f"{target}: its tokenizer cannot render the prompts to measure with ({GriffinError.reason(error)})"
+        ) from error
+
+
 def tune(
     target: str,
     head: Head,
@@ -85,13 +95,13 @@ def tune(
 
     Raises:
         GriffinError: the head does not fit the target, an engine option is unknown, or this vLLM cannot
-            change K while it runs, or takes its V2 model runner.
+            change K while it runs, or takes its V2 model runner, or the target's tokenizer renders no prompts.
     """
     if reason := misfit(head, target):
         raise GriffinError(reason)
-    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    rendered = [render(tokenizer, [prompt]) for prompt in prompts]
-    length = max(map(len, rendered)) + tokens + max_k + 1
+    rendered = _rendered(target, prompts)
+    # Nothing is drafted any more where the drafts under verification and max_k more might not fit.
+    length = max(map(len, rendered)) + tokens + 2 * max_k + 1
     stop_probability = head.config.draft_stop_probability
     alone: list[Point] = []
     k_alone = 0

@@ -77,7 +77,8 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
 def drafts_made(chain: Chain, depth: Depth) -> int:
     """The draft that makes a chain too unlikely has been made, and is verified, as in ``chains.py``."""
     shown = chain.likelihoods[: depth.num_speculative_tokens]
-    stops = (j for j, likelihood in enumerate(shown, 1) if likelihood < depth.draft_stop_probability)
+    threshold = depth.draft_stop_probability
+    stops = (j for j, likelihood in enumerate(shown, 1) if threshold and likelihood <= threshold)
     return next(stops, len(shown))
 
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from griffin_vllm.checkpoint import Head, weights_digest
+from griffin_vllm.checkpoint import TUNING_FILE, Head, weights_digest
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import write_whole
+from griffin_vllm.files import check_write_whole, write_whole
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-TUNING_FILE = "tuning.json"
 # Names the file instead, where the head's folder cannot be written, say.
 TUNING_VARIABLE = "GRIFFIN_TUNING"
 
@@ -104,14 +103,11 @@ def write_tuning(path: Path, tuning: Tuning) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise GriffinError if ``path`` cannot be written; a file that is there stays as it is."""
-    new = not path.exists()
+    """Raise GriffinError if ``write_tuning`` could not write ``path``; a file that is there stays as it is."""
     try:
-        path.open("ab").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)}); see --out") from error
+        check_write_whole(path)
+    except GriffinError as error:
+        raise GriffinError(f"{error}; see --out") from error
 
 
 def machine() -> str:

@@ -12,8 +12,9 @@ import pytest
 from benchmarks import records
 from benchmarks.methods import method_name, parse_methods, runs, sampling
 from benchmarks.prompts import read_prompts
+from griffin_vllm.checkpoint import TUNING_FILE
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import TUNING_FILE, write_tuning
+from griffin_vllm.serving.tuning import write_tuning
 from tests.serving import tiny
 from tests.serving.test_tune import tuning
 
@@ -86,13 +87,29 @@ def test_a_line_of_json_may_hold_any_character_and_a_binary_file_none(tmp_path: 
 def test_nothing_that_is_asked_for_is_left_out_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(GriffinError, match="a number, too, for ngram"):
         runs(parse_methods("none,ngram"), ["tuned"], "float32")
-    [eagle] = sampling(runs(parse_methods("eagle:org/head"), [3], "float32"), ["probabilistic"], [0.0])
-    assert eagle.draft_sample_method == "greedy"
+    planned = sampling(runs(parse_methods("eagle:org/head"), [3], "float32"), ["probabilistic"], [0.0, 1.0])
+    assert [(run.draft_sample_method, run.temperatures) for run in planned] == [
+        ("greedy", (0.0,)),
+        ("probabilistic", (1.0,)),
+    ]
     parser = records.parser(None)
     records.add_draft_sample_method(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--draft-sample-method", "probabilistc"])
     assert "--draft-sample-method" in capsys.readouterr().err
+
+
+def test_heads_draft_at_a_temperature_as_they_recommend_unless_told_otherwise(tmp_path: Path) -> None:
+    sampled = tiny.write_head(
+        tmp_path / "s", tiny.CONFIG.model_copy(update={"draft_sample_method": "probabilistic"})
+    )
+    planned = runs(parse_methods(f"none,eagle:org/head,griffin:{sampled}"), [3], "float32")
+    assert [run.draft_sample_method for run in sampling(planned, [], [1.0])] == [
+        "greedy",
+        "greedy",
+        "probabilistic",
+    ]
+    assert [run.draft_sample_method for run in sampling(planned, ["greedy"], [1.0])] == ["greedy"] * 3
 
 
 def test_methods_become_vllm_configs(tmp_path: Path) -> None:

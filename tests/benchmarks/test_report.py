@@ -116,9 +116,10 @@ def test_headlines_are_in_the_readme_and_every_record_in_the_details(folder: Pat
     for title, in_readme in (("**Speed**", False), ("**Acceptance length**", True)):
         assert (title in Path(readme).read_text()) == in_readme
         assert title in details.read_text()
-    # the plots are of all records, and each file names them from where it lies
-    assert "(out/speedup-by-method.svg)" in Path(readme).read_text()
-    assert "(../out/speedup-by-method.svg)" in details.read_text()
+    # the plots are of the headlines, and each file names them from where it lies
+    assert "(out/acceptance-by-position.svg)" in Path(readme).read_text()
+    assert "(../out/acceptance-by-position.svg)" in details.read_text()
+    assert "speedup-by-method.svg" not in details.read_text()
 
 
 def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
@@ -155,6 +156,7 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
     def measured(method: str, dataset: str, seconds: float, **more: Any) -> dict[str, Any]:
         samples = {
             "conversations": ["a", "b"],
+            "loops": [False, True],
             "repeats": [0],
             "tokens": [[10, 30]],
             "seconds": [[seconds] * 2],
@@ -173,8 +175,8 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
         measured("none", "y", 2.0, speedup=1.0),
     ]
     expected = [
-        ["griffin (small) K=5", "none", "0", "1", "2.00 [2.00, 2.00]"],
-        ["griffin (small) K=5", "eagle (small) K=5", "0", "1", "1.50 [1.50, 1.50]"],
+        ["griffin (small) K=5", "none", "0", "1", *["2.00 [2.00, 2.00]"] * 2],
+        ["griffin (small) K=5", "eagle (small) K=5", "0", "1", *["1.50 [1.50, 1.50]"] * 2],
     ]
     header, *lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows, "speed"))
     assert header[:2] == ["method", "against"]
@@ -186,8 +188,60 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
     ]
     lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows + more, "speed"))[1:]
     assert [line for line in lines if line in expected] == expected
-    assert ["griffin (small) K=5", "none", "0", "1", "1.00 [1.00, 1.00]"] in lines
+    assert ["griffin (small) K=5", "none", "0", "1", *["1.00 [1.00, 1.00]"] * 2] in lines
+    # two GRIFFIN heads are compared once
+    assert (
+        lines.count(["griffin (small) K=5", "griffin (small) K=5", "0", "1", *["0.50 [0.50, 0.50]"] * 2]) == 1
+    )
+    assert len([line for line in lines if line[0] == line[1]]) == 1
     assert report.speed_margins(report.Source({"benchmark": "speed"}, rows[:2], "speed")) == []
+
+
+def test_a_method_that_has_one_k_needs_no_best_one() -> None:
+    samples = {"conversations": ["a"], "loops": [True], "repeats": [0], "tokens": [[10]]}
+    rows = [
+        row("none", 1, dataset="x", speedup=1.0) | {"samples": samples | {"seconds": [[4.0]]}},
+        row("griffin", 1, dataset="x") | {"samples": samples | {"seconds": [[2.0]]}},
+    ]
+    source = report.Source({"benchmark": "speed"}, rows, "speed")
+    # and no answer that does not loop gives no ratio of those
+    assert report.speed_margins(source)[1:] == [
+        ["griffin (small) K=5", "none", "0", "1", "2.00 [2.00, 2.00]", ""]
+    ]
+    two_ks = [*rows, rows[1] | {"num_speculative_tokens": 3}]
+    assert report.speed_margins(source._replace(results=two_ks)) == []
+
+
+def test_intervals_of_a_data_set_need_conversations_enough_to_draw_from() -> None:
+    measured = row("griffin", 1, speedup=1.5, speedup_ci=[1.0, 2.0])
+    for conversations, text in ((2, "1.50"), (5, "1.50 [1.00, 2.00]")):
+        assert report.COLUMNS["speedup"](measured | {"num_prompts": conversations}) == text
+    free = {"speedup_loop_free": 1.2, "speedup_loop_free_ci": [1.1, 1.3], "num_prompts": 20}
+    for loops, text in ((16, "1.20"), (15, "1.20 [1.10, 1.30]")):
+        samples = {"loops": [True] * loops + [False] * (20 - loops)}
+        assert report.COLUMNS["without loops"](measured | free | {"samples": samples}) == text
+
+
+def test_methods_without_a_head_are_compared_with_across_records_of_the_same_prompts(folder: Path) -> None:
+    acceptance = json.loads((folder / "acceptance.json").read_text())
+    suffix = row("suffix", 8, head=None, acceptance_length=2.0, conversations={"a": [10, 10], "b": [20, 20]})
+    settings = acceptance["settings"]
+    for name, asked, expected in (
+        ("same", {}, {"eagle (small)", "suffix"}),
+        ("other", {"prompts": {"data": {"conversations": 20, "sha256": "1"}}}, {"eagle (small)"}),
+    ):
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(acceptance | {"settings": settings | asked, "results": [suffix]}))
+        source, _ = report.read_records([folder / "acceptance.json", path])
+        assert {line[2] for line in report.margins(source)[1:]} == expected
+        assert source.results == acceptance["results"]
+
+
+def test_a_record_says_that_its_run_was_cut_short_and_how_often_each_row_was_measured() -> None:
+    rows = [row("none", 1, repeats=3), row("griffin", 1, repeats=2)]
+    settings = SETTINGS | {"finished": False}
+    assert "; 2 repeats; unfinished" in report.conditions(report.Source(settings, rows, "speed"))
+    assert "unfinished" not in report.conditions(report.Source(SETTINGS, rows, "speed"))
 
 
 def test_two_heads_of_one_folder_name_have_a_margin_each() -> None:

@@ -65,11 +65,14 @@ def test_a_function_inside_another_counts_once() -> None:
 
 
 def test_rounds_that_other_work_disturbed_do_not_count() -> None:
-    rounds = [
-        Round(seconds, {"rest": seconds}, [2], 0) for seconds in (0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 9.0)
+    repeats = [
+        [Round(seconds, {"rest": seconds}, [2], 0) for seconds in repeat]
+        for repeat in ((0.1, 9.0, 0.4), (0.1, 0.2, 0.4), (5.0, 0.2, 0.3))
     ]
-    row = summarise(rounds)
-    assert row["round_ms"] == row["phases_ms"]["rest"] == pytest.approx(200)
+    row = summarise(repeats)
+    # a round of each depth, the deepest too
+    assert row["round_ms"] == row["phases_ms"]["rest"] == pytest.approx((100 + 200 + 400) / 3)
+    assert row["rounds"] == 3
     assert row["draft_step_ms"] is None
 
 
@@ -78,7 +81,7 @@ def test_a_later_draft_costs_what_those_that_were_made_cost() -> None:
         Round(0.1, {"later drafts: head": 0.02 * made, "later drafts: lm_head": 0.01 * made}, [2], made)
         for made in (0, 3, 1, 0)
     ]
-    assert summarise(rounds)["draft_step_ms"] == pytest.approx(30)
+    assert summarise([rounds])["draft_step_ms"] == pytest.approx(30)
 
 
 def test_starts_are_compared_within_a_turn() -> None:

@@ -487,6 +487,26 @@ def test_schedules_that_cannot_be(models: Path, schedule: Any) -> None:
         configure(models, spec_model=f"griffin:{models / 'head'}", speculative_config={SCHEDULE: schedule})
 
 
+def test_a_schedule_of_more_drafts_than_k_is_refused_and_k_is_its_most_where_none_is_given(
+    models: Path,
+) -> None:
+    head, more = f"griffin:{models / 'head'}", {SCHEDULE: [(1, 1, 7), (2, 8, 1)]}
+    with pytest.raises(
+        GriffinError, match=f"{SCHEDULE} is 7, expected at most num_speculative_tokens, which is 5"
+    ):
+        configure(models, spec_model=head, spec_tokens=5, speculative_config=more)
+    assert configure(models, spec_model=head, speculative_config=more).num_speculative_tokens == 7
+    nothing = {SCHEDULE: [(1, 8, 0)]}
+    assert configure(models, spec_model=head, speculative_config=nothing).num_speculative_tokens == 1
+
+
+@pytest.mark.parametrize("revision", ["main", "x" * 300])
+def test_a_revision_of_what_has_none_is_said_so(models: Path, revision: str) -> None:
+    for name in ("griffin:smollm2-135m-instruct", f"griffin:{models / 'head'}"):
+        with pytest.raises(GriffinError, match=r"revision is '.*', expected none \(the head is"):
+            configure(models, spec_model=name, speculative_config={"revision": revision})
+
+
 KEYS: dict[str, tuple[Any, str]] = {
     "rejection_sample_method": ("block", "'block', expected rejection_sample_method 'standard' alone"),
     "synthetic_acceptance_length": (

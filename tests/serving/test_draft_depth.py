@@ -243,6 +243,82 @@ def test_a_step_without_drafts_is_sampled_as_without_a_speculator(
             assert [x.logprob for x in left.values()] == pytest.approx([x.logprob for x in right.values()])
 
 
+@pytest.mark.parametrize("drafts", [[[], []], [[8, 8], [8]]], ids=["no drafts", "drafts given up"])
+def test_a_thinking_budget_ends_the_thoughts_of_its_own_request(drafts: list[list[int]]) -> None:
+    budgets = pytest.importorskip("vllm.v1.sample.thinking_budget_state")
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from griffin_vllm.serving import hooks
+
+    hooks.check_fits()
+    start, end, thought, likely = 5, 2, 7, 8
+    answers = [[thought], [start, thought, thought]]
+    tokens = SimpleNamespace(reasoning_start_token_ids=[start], reasoning_end_token_ids=[end])
+    cpu, empty = torch.device("cpu"), torch.empty(0)
+    holder = budgets.ThinkingBudgetStateHolder(tokens, 2, K, cpu, False)
+    second = (1, SamplingParams(thinking_token_budget=1), [1], answers[1])
+    holder.sync_batch(BatchUpdate(batch_size=2, removed=[], added=[second], moved=[]))
+    metadata = SamplingMetadata(
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=empty,
+        presence_penalties=empty,
+        repetition_penalties=empty,
+        output_token_ids=answers,
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+        # what makes our sampler give the drafts up
+        logprob_token_ids={0: [1]} if any(drafts) else None,
+        spec_token_ids=drafts,
+        thinking_budget_state_holder=holder,
+    )
+    logits = torch.zeros(sum(len(row) + 1 for row in drafts), 10)
+    logits[:, likely] = 1
+    sampler = RejectionSampler(Sampler())
+    sampler.serves_griffin = True
+    output = sampler(SpecDecodeMetadata.make_dummy(drafts, device=cpu), None, logits, metadata)
+    assert output.sampled_token_ids.tolist() == [[likely], [end]]
+
+
+def test_a_kv_connector_saves_the_heads_layer_of_steps_without_drafts_too(
+    target: str, tmp_path: Path
+) -> None:
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    if "ExampleConnector" not in KVConnectorFactory._registry:
+        pytest.skip("this vLLM has no ExampleConnector")
+    speculation = {
+        "method": "griffin",
+        "model": str(tiny.write_head(tmp_path / "head")),
+        "num_speculative_tokens_per_batch_size": [(1, 16, 0)],
+    }
+    connector = KVTransferConfig(
+        kv_connector="ExampleConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"shared_storage_path": str(tmp_path / "store")},
+    )
+    with engine(model=target, speculative_config=speculation, kv_transfer_config=connector) as llm:
+        # the second time the prompt's cache is loaded
+        first, second = ask(llm, LONG), ask(llm, LONG)
+    assert first == second
+    layers = {path.stem for path in (tmp_path / "store").rglob("*.safetensors")}
+    assert sum("layers.2." in layer for layer in layers) == 1 < len(layers)
+
+
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_drafts_after_steps_without_are_those_of_a_cache_that_was_written_at_once(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix_caching: bool
@@ -364,12 +440,39 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     proposer.context_limit, proposer.device, proposer.model = LIMIT, torch.device("cpu"), None
     proposer.steps_may_vary, proposer.scheduler_waits, proposer.lookup_min = True, False, 0
     proposer.stop_probability = 0.0
-    proposer.may_postpone, proposer.postponed = False, PostponedWrites(lambda *_: None)
+    proposer.may_postpone, proposer.has_connector = False, False
+    proposer.postponed = PostponedWrites(lambda *_: None)
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
     )
-    drafts = proposer.propose(num_speculative_tokens=K, common_attn_metadata=metadata, sampling_metadata=None)
+    two = torch.zeros(2, dtype=torch.int64)
+    drafts = proposer.propose(
+        num_speculative_tokens=K,
+        target_token_ids=two,
+        target_positions=two,
+        target_hidden_states=torch.zeros(2, tiny.HIDDEN_SIZE),
+        next_token_ids=two,
+        token_indices_to_sample=None,
+        common_attn_metadata=metadata,
+        sampling_metadata=None,
+    )
     assert torch.equal(drafts, torch.full((2, K), expected))
+
+
+def test_a_context_limit_is_not_lost_in_silence_on_the_v2_runner_of_a_mocked_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from griffin_vllm.serving import fixed_depth
+
+    warnings: list[str] = []
+    monkeypatch.setattr(fixed_depth, "reasons", lambda _: [])
+    monkeypatch.setattr(fixed_depth.logger, "warning", lambda text, *values: warnings.append(text % values))
+    for v2, limit in ((False, LIMIT), (True, None), (True, LIMIT)):
+        head = SimpleNamespace(draft_stop_probability=0.0, prompt_lookup_min=0, draft_context_limit=limit)
+        speculation = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=head))
+        fixed_depth.warn(SimpleNamespace(use_v2_model_runner=v2, speculative_config=speculation))
+    [warning] = warnings
+    assert f"beyond {LIMIT} tokens of context" in warning
 
 
 def test_what_has_all_rounds_draft_alike_is_named_mocked_as_cpu_has_none() -> None:

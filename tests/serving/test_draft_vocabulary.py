@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +13,12 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.spec_decode.eagle import EagleProposer
 
 from griffin_vllm.convert import convert
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.model import GriffinForCausalLM
+from griffin_vllm.serving.model import DraftVocabulary, GriffinForCausalLM
 from tests.serving import tiny
 from tests.serving.engines import engine, runner_of, spec_counters
 from tests.serving.test_lossless import Models, generate, prompts, sampling
@@ -117,6 +120,49 @@ def test_sampled_drafts_are_drawn_inside_of_the_vocabulary_and_have_probability_
         assert probabilities.shape == (*drafted.shape, V)
         torch.testing.assert_close(probabilities[..., VOCABULARY].sum(-1), torch.ones(drafted.shape))
         assert torch.isin(drafted, VOCABULARY).all()
+
+
+def test_a_target_whose_lm_head_has_been_packed_is_refused_by_name() -> None:
+    vocabulary = DraftVocabulary.__new__(DraftVocabulary)
+    packed = SimpleNamespace(quant_method=UnquantizedEmbeddingMethod(), weight=torch.empty(0))
+    with pytest.raises(
+        GriffinError, match="lm_head is 'packed by UnquantizedEmbeddingMethod', expected rows"
+    ):
+        vocabulary.take_rows(packed)
+
+
+def test_drafts_in_bfloat16_stay_inside_of_the_vocabulary_and_are_accepted_at_every_depth(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    config = json.loads((Path(models.head) / "config.json").read_text())
+    head = shutil.copytree(models.head, tmp_path / "head")
+    settings = {"draft_stop_probability": 0.2, "prompt_lookup_min": 2}
+    (head / "config.json").write_text(json.dumps(config | settings))
+    speculation = {"method": "griffin", "model": str(head)} | {
+        "num_speculative_tokens_per_batch_size": [(1, 1, K), (2, 8, 0)]
+    }
+    drafted: set[int] = set()
+    propose = GriffinProposer.propose
+
+    def noted(self: GriffinProposer, **step: Any) -> Any:
+        drafts = propose(self, **step)
+        by_head = [
+            want for want, passage in zip(drafts, self.chains.passages, strict=True) if not passage.tokens
+        ]
+        drafted.update(int(token) for row in by_head for token in row)
+        return drafts
+
+    monkeypatch.setattr(GriffinProposer, "propose", noted)
+    with engine(model=models.target, dtype="bfloat16", speculative_config=speculation) as llm:
+        # together nothing is drafted, then one is left, with a cache that was written by the way
+        tokens = [sampling(max_tokens=30), sampling(max_tokens=60)]
+        answers = llm.generate(prompts(2), tokens, use_tqdm=False)
+        counters = spec_counters(llm)
+    assert [len(one.outputs[0].token_ids) for one in answers] == [30, 60]
+    assert drafted <= set(VOCABULARY.tolist())
+    assert 0 < counters["num_accepted_tokens"] < counters["num_draft_tokens"]
 
 
 def test_a_whole_vocabulary_head_keeps_the_targets_own_lm_head(models: Models, tmp_path: Path) -> None:

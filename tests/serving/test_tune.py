@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from griffin_vllm.checkpoint import open_head, weights_digest
+from griffin_vllm.checkpoint import TUNING_FILE, open_head, weights_digest
 from griffin_vllm.cli import app
+from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, measure
 from griffin_vllm.serving.tune_depth import Chain, Depth
 from griffin_vllm.serving.tuning import (
-    TUNING_FILE,
     TUNING_VARIABLE,
     Point,
     Tuning,
+    check_writable,
     machine,
     read_tuning,
     vllm_version,
@@ -134,12 +135,51 @@ def test_a_file_that_the_environment_names_is_used_in_place_of_the_one_beside_th
     assert read_tuning(open_head(head), "float32") == tuning(head, num_speculative_tokens=2)
 
 
+@pytest.mark.parametrize("name", ["/dev/null", "missing/tuning.json"])
+def test_what_could_not_be_replaced_is_refused_before_anything_is_measured(name: str, tmp_path: Path) -> None:
+    with pytest.raises(GriffinError, match=f"{name}: .*; see --out"):
+        check_writable(tmp_path / name)
+    writable = write(tmp_path / "tuning.json", b"mine")
+    check_writable(writable)
+    assert writable.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [writable]
+
+
+def test_what_was_measured_is_shown_where_it_cannot_be_written(
+    tmp_path: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "tuning.json"
+    out.parent.mkdir()
+
+    def measured(*_: Any, **__: Any) -> Tuning:
+        out.parent.rmdir()
+        return tuning(head)
+
+    monkeypatch.setattr("griffin_vllm.serving.tune.tune", measured)
+    done = CliRunner().invoke(app, ["tune", "target", str(head), "--out", str(out)])
+    assert done.exit_code == 2
+    assert Tuning.model_validate_json(done.stdout) == tuning(head)
+    assert re.match(r"error: .*tuning\.json: cannot be written", done.stderr)
+
+
+def test_a_tuned_head_is_served_from_its_own_folder(head: Path, tmp_path: Path) -> None:
+    write_tuning(head / TUNING_FILE, tuning(head))
+    assert cached_served_layout(open_head(head), tmp_path / "cache") == head
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_schedule_of_one_number_is_no_schedule(head: Path) -> None:
     assert tuning(head, schedule=[(1, 4, 1)]).speculative_config() == {"num_speculative_tokens": 1}
     assert tuning(head).speculative_config() == {
         "num_speculative_tokens": 1,
         "num_speculative_tokens_per_batch_size": [(1, 1, 1), (2, 4, 0)],
     }
+
+
+def untokenized(here: Path) -> Path:
+    for file in (here / "target").glob("tokenizer*"):
+        file.unlink()
+    return here / "target"
 
 
 def write_wide_head(folder: Path) -> str:
@@ -171,6 +211,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no target": (
         lambda here: [str(here / "nowhere"), str(here / "head")],
         "nowhere: is no folder and not on the Hub",
+    ),
+    "a target of no possible name": (
+        lambda here: ["x" * 300, str(here / "head")],
+        "x{300}: is no folder and not on the Hub",
+    ),
+    "a target without a tokenizer": (
+        lambda here: [str(untokenized(here)), str(here / "head")],
+        "target: its tokenizer cannot render the prompts to measure with",
     ),
     "a target without a config": (
         lambda here: [str(here), str(here / "head")],
@@ -289,14 +337,14 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     from vllm import EngineArgs
 
     target = str(tiny.write_target(tmp_path / "target"))
-    options = ["--max-k", "2", "--batch-sizes", "1,2", "--tokens", "16", "--explain"]
+    options = ["--max-k", "4", "--batch-sizes", "1,2", "--tokens", "16", "--explain"]
     # never free as a whole: no more memory is asked for than the measured requests need
     engine = ["--enforce-eager", "--dtype", "float32", "--gpu-memory-utilization", "1.0"]
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     chains = []
 
     def chosen(found: list[Chain], points: list[Point], static: int) -> Depth:
-        assert [one.num_speculative_tokens for one in points] == [0, 1, 2]
+        assert [one.num_speculative_tokens for one in points] == [0, 1, 2, 3, 4]
         chains.extend(found)
         return Depth(2, 0.25)
 
@@ -309,17 +357,17 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     found = read_tuning(open_head(head), "float32")
     assert found is not None
     assert [(one.batch_size, one.num_speculative_tokens) for one in found.points] == [
-        (size, k) for size in (1, 2) for k in (0, 1, 2)
+        (size, k) for size in (1, 2) for k in (0, 1, 2, 3, 4)
     ]
     # plain rounds yield one token, drafting ones more
     lengths = [one.acceptance_length for one in found.points]
-    assert lengths[0] == lengths[3] == 1.0
+    assert lengths[0] == lengths[5] == 1.0
     assert lengths[2] > lengths[1] > 1.1
-    assert lengths[5] > lengths[4] > 1.1
+    assert lengths[7] > lengths[6] > 1.1
 
-    # every round of the answers given one at a time: 16 tokens, the first from the prefill
+    # every round of the answers given one at a time, the longest too: 16 tokens, the first from the prefill
     assert sum(1 + chain.accepted for chain in chains) == len(PROMPTS) * 15
-    assert {len(chain.likelihoods) for chain in chains} == {2} == {chain.by_head for chain in chains}
+    assert {len(chain.likelihoods) for chain in chains} == {4} == {chain.by_head for chain in chains}
     assert all(0 < chain.likelihoods[1] <= chain.likelihoods[0] <= 1 for chain in chains)
 
     write_tuning(head / TUNING_FILE, found.model_copy(update={"schedule": [(1, 1, 2), (2, 2, 0)]}))
@@ -342,7 +390,7 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     assert configured(speculative_config={"prompt_lookup_min": 0}) == (recommended, None, 0.0)
     schedule = [(1, 2, 1), (3, 4, 0)]
     given = {"num_speculative_tokens_per_batch_size": schedule}
-    assert configured(speculative_config=given) == (recommended, schedule, 0.0)
+    assert configured(speculative_config=given) == (1, schedule, 0.0)
 
 
 def test_one_request_alone_can_have_a_depth_of_its_own() -> None:
