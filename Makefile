@@ -89,7 +89,9 @@ BENCH_HEADS ?= eagle:$(HEADS)/eagle-$(TARGET),hass:$(HEADS)/hass-$(TARGET),hass:
 griffin:$(HEADS)/griffin-$(TARGET),griffin-alone:$(TARGET),griffin:$(TARGET)
 # Deep chains are for those that look up.
 BENCH_LOOKUP ?= ngram,griffin-alone:$(TARGET),griffin:$(TARGET)
-BENCH_METHODS = none,ngram,$(BENCH_HEADS),griffin:$(REDUCED)
+# Speeds: heads of equal training that draft to the end, and methods whose rounds are of different depths.
+BENCH_WHOLE = eagle:$(HEADS)/eagle-$(TARGET),griffin:$(HEADS)/griffin-$(TARGET)
+BENCH_DEEP = ngram,griffin:$(REDUCED),griffin:$(TARGET)
 DATA := ../shared/data
 BENCH_PROMPTS ?= $(DATA)/prompts/mt_bench.jsonl $(DATA)/prompts/gsm8k.jsonl $(DATA)/sharegpt-heldout.json
 BENCH_CORPUS ?= $(DATA)/smollm2-regenerated.jsonl.gz
@@ -103,7 +105,7 @@ BENCH = --target $(TARGET_FOLDER) --prompts $(BENCH_PROMPTS)
 BENCH_FIRST = --target $(TARGET_FOLDER) --prompts $(firstword $(BENCH_PROMPTS))
 # Not compiled, for the reason that `serve` gives.
 ENGINE = --dtype $(DTYPE) --enforce-eager
-BENCH_SPEED = $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 64 --concurrency 1
+BENCH_ALONE = $(ENGINE) --turns 1 --concurrency 1
 MEASURE = $(OPENMP) $(BIN)/python
 
 bench: bench-acceptance bench-speed bench-vocabulary bench-load bench-round bench-report
@@ -124,32 +126,22 @@ $(REDUCED)/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors griffin_vll
 	for field in draft_stop_probability prompt_lookup_min; do \
 	  sed -i "s/.*\"$$field\":.*/$$(grep "\"$$field\":" griffin_vllm/heads/$(TARGET)/config.json)/" $@; done
 
-# The second `none` shows what the machine's noise alone does.
+# Each method at the K that was best on other prompts. The second `none` shows what the machine's noise alone does.
 bench-speed: $(REDUCED)/config.json
 	rm -rf runs/tuning
 	mkdir -p runs/tuning
 	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file) || exit 1; done
-	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
-	  --methods $(BENCH_METHODS) --num-speculative-tokens 1,2,3 --repeats 1 --json $(RESULTS)/speed-tuning.json
-	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_SPEED) \
-	  --methods none,$(BENCH_LOOKUP),griffin:$(REDUCED) --num-speculative-tokens 3,5,12 --repeats 1 \
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_ALONE) \
+	  --methods none,$(BENCH_WHOLE) --num-speculative-tokens 1,2,3 --num-prompts 2 --max-tokens 64 --repeats 1 \
+	  --json $(RESULTS)/speed-tuning.json
+	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_ALONE) \
+	  --methods none,$(BENCH_DEEP) --num-speculative-tokens 5,12 --num-prompts 2 --max-tokens 64 --repeats 1 \
 	  --json $(RESULTS)/speed-tuning-lookup.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,$(BENCH_METHODS) --num-speculative-tokens 2 \
-	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --json $(RESULTS)/speed.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 6 --max-tokens 128 --concurrency 1 \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --json $(RESULTS)/speed-more-prompts.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) --dtype float32 --enforce-eager --num-prompts 5 --turns 1 --max-tokens 128 \
-	  --concurrency 1 --methods none,griffin:$(TARGET) --num-speculative-tokens 12 \
-	  --json $(RESULTS)/speed-first-turns-fp32.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 4 --turns 1 --max-tokens 64 --concurrency 1 \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --temperature 1 --draft-sample-method probabilistic \
-	  --json $(RESULTS)/speed-sampled-lookup.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --methods none,ngram,$(BENCH_HEADS) \
-	  --num-speculative-tokens 3 --temperature 1 --draft-sample-method probabilistic \
-	  --json $(RESULTS)/speed-sampled.json
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(ENGINE) --num-prompts 2 --turns 1 --max-tokens 512 --concurrency 1 \
-	  --methods none,eagle:$(HEADS)/eagle-$(TARGET),griffin:$(TARGET) --num-speculative-tokens 3 \
-	  --json $(RESULTS)/speed-long.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_ALONE) --methods none,none,$(BENCH_WHOLE),$(BENCH_DEEP) \
+	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --num-prompts 5 --max-tokens 128 \
+	  --json $(RESULTS)/speed.json
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_ALONE) --num-prompts 5 --max-tokens 64 --temperature 1 \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 3,12 --json $(RESULTS)/speed-sampled.json
 
 # One head with draft vocabularies of several sizes.
 VOCABULARIES := 4096 8192 16384 32768
@@ -159,21 +151,19 @@ runs/vocab-%/config.json: $(HEADS)/griffin-$(TARGET)/model.safetensors | $(INSTA
 	  --target $(TARGET_FOLDER)
 
 bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
-	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_SPEED) --num-speculative-tokens 3 \
+	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_ALONE) --num-speculative-tokens 3 --num-prompts 2 --max-tokens 64 \
 	  --methods none,$(subst $() ,,$(VOCABULARIES:%=griffin:runs/vocab-%$(comma)))griffin:$(HEADS)/griffin-$(TARGET) \
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
+# As it is served without tuning, and tuned.
 bench-load: $(INSTALLED) demo-model
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12,tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 64 --json $(RESULTS)/speed-by-load.json
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
-	  --methods none,ngram,$(BENCH_HEADS) --num-speculative-tokens 3 --concurrency 2,4,8,16 --num-prompts 16 \
-	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load-fixed.json
-	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
-	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 3 --concurrency 1,4 --num-prompts 8 \
+	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --concurrency 1,4 --num-prompts 8 \
 	  --max-tokens 64 --json $(RESULTS)/speed-served.json
 
 bench-round: $(REDUCED)/config.json
@@ -182,15 +172,14 @@ bench-round: $(REDUCED)/config.json
 	  --repeats 3 --json $(RESULTS)/round.json
 	$(MEASURE) benchmarks/round.py $(BENCH_FIRST) --dtype float32 --enforce-eager \
 	  --methods griffin:$(HEADS)/griffin-$(TARGET),griffin:$(TARGET) --num-prompts 8 --num-speculative-tokens 5,12 \
-	  --concurrency 1,8 --max-tokens 64 --repeats 1 --json $(RESULTS)/round-shipped.json
+	  --concurrency 1,8 --max-tokens 64 --json $(RESULTS)/round-shipped.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled acceptance-sampled-lookup speed \
-  speed-more-prompts speed-first-turns-fp32 speed-lookup-lengths speed-sampled-lookup speed-sampled speed-long \
-  speed-by-load speed-by-load-fixed speed-served round round-shipped startup
-HEADLINES = acceptance acceptance-lookup speed speed-first-turns-fp32 speed-lookup-lengths speed-by-load
+  speed-sampled speed-by-load speed-served round round-shipped startup
+HEADLINES = acceptance acceptance-lookup acceptance-suffix speed speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
-	  $(RESULTS)/griffin-smollm2 --out $(RESULTS) --details benchmarks/README.md --readme README.md \
+	  --out $(RESULTS) --details benchmarks/README.md --readme README.md \
 	  --headlines $(wildcard $(HEADLINES:%=$(RESULTS)/%.json))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -27,8 +28,18 @@ class _OneLineErrors(TyperGroup):
             if isinstance(error, ModuleNotFoundError):
                 part = "Install" if error.name == "vllm" else "Train a head"
                 message = f"the package {error.name} is missing: see {part!r} in griffin-vllm's README"
-            typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(2) from error
+            raise _refused(message) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads on: click ends that quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise _refused(f"{where}{GriffinError.reason(error)}") from error
+
+
+def _refused(message: str) -> typer.Exit:
+    """The end of the command, after ``message`` on stderr."""
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    return typer.Exit(2)
 
 
 app = typer.Typer(
@@ -79,7 +90,7 @@ def data_prepare(
         typer.Argument(
             metavar="SOURCE",
             help="Files (ShareGPT JSON, or JSON lines with `messages` or `conversations`; gzip too), folders "
-            "written by save_to_disk, or Hub data sets org/name[[:configuration]:split].",
+            "written by save_to_disk (FOLDER[:split]), or Hub data sets org/name[[:configuration]:split].",
         ),
     ],
     target: Annotated[str, typer.Option(help="Checkpoint folder or Hub id of the target.")],
@@ -159,7 +170,7 @@ def data_regenerate(
     concurrency: Annotated[int, typer.Option(help="Conversations in flight, over all endpoints.")] = 64,
     attempts: Annotated[int, typer.Option(help="Tries of a request, with growing pauses.")] = 6,
     limit: Annotated[
-        int | None, typer.Option(help="Use only the first N conversations.", metavar="N")
+        int | None, typer.Option(help="Use only the first N conversations.", metavar="N", min=1)
     ] = None,
     exclude: Annotated[
         list[Path] | None,
@@ -232,12 +243,16 @@ def train(
     from griffin_vllm.training.config import TrainConfig
     from griffin_vllm.training.loop import Interrupted, Trainer
 
+    if str(config).startswith("--"):
+        raise GriffinError(f"griffin train: {config} stands where CONFIG.yaml belongs, which comes first")
     try:
-        folder = Trainer(TrainConfig.load(config, ctx.args)).run()
+        trainer = Trainer(TrainConfig.load(config, ctx.args))
+        folder = trainer.run()
     except Interrupted as stopped:
         typer.echo(stopped, err=True)
         raise typer.Exit(128 + stopped.signal) from stopped
-    typer.echo(folder)
+    if trainer.accelerator.is_main_process:
+        typer.echo(folder)
 
 
 @app.command("convert")
@@ -373,7 +388,12 @@ def tune_head(
         tokens=tokens,
         engine_options=ctx.args,
     )
-    write_tuning(path, tuning)
+    try:
+        write_tuning(path, tuning)
+    except GriffinError:
+        # minutes of measuring; whoever sees this can save it by hand
+        typer.echo(tuning.model_dump_json(indent=2))
+        raise
     if explain:
         Console().print(tuner.explain(tuning))
     for first, last, k in tuning.schedule:

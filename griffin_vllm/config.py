@@ -227,10 +227,10 @@ class HeadConfig(BaseModel):
             config = cls(**fields, **rest)
         except ValidationError as error:
             first = error.errors()[0]
-            field, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
             if first["type"] == "missing":
+                field = ".".join(map(str, first["loc"]))
                 raise GriffinError(f"{path}: {field} is missing, expected one of the head's sizes") from error
-            raise GriffinError.at(path, field, first["input"], expected) from error
+            raise GriffinError.invalid(path, first) from error
         return config.checked(path)
 
     def checked(self, path: Path) -> HeadConfig:

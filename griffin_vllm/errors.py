@@ -6,6 +6,7 @@ import reprlib
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 # A bad file can hold a megabyte in one field; the message stays one readable line.
 MAX_SHOWN = 120
@@ -30,12 +31,19 @@ class GriffinError(ValueError):
             shown = shown[:MAX_SHOWN] + "..."
         return cls(f"{where}: {field} is {shown}, expected {expected}")
 
+    @classmethod
+    def invalid(cls, where: str | Path, found: ErrorDetails) -> GriffinError:
+        """The usual message for a value that pydantic refuses (one of ``ValidationError.errors()``)."""
+        expected = found["msg"].removeprefix("Input should be ")
+        return cls.at(where, ".".join(map(str, found["loc"])), found.get("input"), expected)
+
     @staticmethod
     def reason(error: BaseException) -> str:
-        """First line of another library's error, an ``OSError``'s reason, or what pydantic found first, for the end of
-        a message."""
+        """First line of another library's error (with the next one where it ends in a colon), an ``OSError``'s reason,
+        or what pydantic found first, for the end of a message."""
         if isinstance(error, ValidationError):
             text = error.errors()[0]["msg"]
         else:
             text = getattr(error, "strerror", None) or str(error)
-        return (text.splitlines() or [type(error).__name__])[0]
+        first, *rest = text.splitlines() or [type(error).__name__]
+        return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first

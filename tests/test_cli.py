@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,48 @@ def test_bad_input_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path) -> No
     assert result.stdout == ""
     assert result.stderr.startswith(f"error: {tmp_path}: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_path_that_the_system_refuses_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path) -> None:
+    name = "x" * 300
+    settings = tmp_path / "run.yaml"
+    settings.write_text("target: t\ndata: d\noutput: o\n")
+    result = runner.invoke(app, ["train", str(settings), "--data", name])
+    assert result.exit_code == 2, result.exception
+    assert result.stdout == ""
+    assert result.stderr == f"error: {name}/manifest.json: File name too long\n"
+
+
+def test_output_that_nobody_reads_on_is_no_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody_reads(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(demo, "write_demo_model", nobody_reads)
+    result = runner.invoke(app, ["demo-model", "folder"])
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
+def test_settings_before_their_file_are_told_where_the_file_goes() -> None:
+    for arguments in (["--method", "hass", "x.yaml"], ["--method=hass", "x.yaml"]):
+        result = runner.invoke(app, ["train", *arguments])
+        assert result.exit_code == 2
+        assert (
+            result.stderr
+            == f"error: griffin train: {arguments[0]} stands where CONFIG.yaml belongs, which comes first\n"
+        )
+
+
+@pytest.mark.parametrize("limit", ["-5", "0"])
+def test_limit_of_regenerate_is_a_number_of_conversations(limit: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    command = ["data", "regenerate", "--base-url", "http://localhost:9", "--model", "m"]
+    result = runner.invoke(
+        app, [*command, "--out", str(tmp_path / "out.jsonl"), "--limit", limit, str(prompts)]
+    )
+    assert result.exit_code == 2
+    assert "--limit" in result.stderr
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:

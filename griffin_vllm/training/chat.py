@@ -12,10 +12,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from griffin_vllm.errors import GriffinError
@@ -75,7 +76,9 @@ class ChatTarget:
         self.eos_token_ids = sorted(set(eos_token_ids))
         self._template = _template(tokenizer)
         self._marks_answers = bool(_GENERATION_BLOCK.search(self._template))
-        self._eos_texts = [str(token) for token in tokenizer.convert_ids_to_tokens(self.eos_token_ids)]
+        tokens = tokenizer.convert_ids_to_tokens(self.eos_token_ids)
+        # a model's vocabulary may be larger than its tokenizer's
+        self._eos_texts = [token for token in tokens if token is not None]
         a, b = self._encode(["a", "b"])
         # Sentencepiece tokenizers put a space before each text, so they must see a conversation as a whole.
         self._encodes_in_pieces = tokenizer.decode(a + b) == "ab"
@@ -85,7 +88,7 @@ class ChatTarget:
         """From a checkpoint folder or Hub id.
 
         Raises:
-            GriffinError: it cannot be read, or has no chat template.
+            GriffinError: it cannot be read, has no chat template, or its end-of-turn tokens are no ids.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
@@ -98,11 +101,7 @@ class ChatTarget:
             ) from error
         if not tokenizer.chat_template:
             raise GriffinError(f"{target}: its tokenizer has no chat template; conversations need one")
-        try:
-            eos = GenerationConfig.from_pretrained(target).eos_token_id
-        except OSError:
-            eos = None
-        ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ids = _generation_ends(target)
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         return cls(tokenizer, ids, vocab_size)
@@ -269,8 +268,10 @@ class ChatTarget:
             return self.tokenizer.apply_chat_template(
                 _messages(turns), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise RecordError("the chat template refuses the conversation") from error
+        except Exception as error:  # a template can do all that Jinja's expressions can
+            raise RecordError(
+                f"the chat template refuses the conversation ({GriffinError.reason(error)})"
+            ) from error
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -278,6 +279,25 @@ class ChatTarget:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
+
+
+def _generation_ends(target: str) -> list[int]:
+    """The end-of-turn tokens that ``generation_config.json`` of a target names; none where there is no such file.
+
+    Raises:
+        GriffinError: it cannot be read, or names something else.
+    """
+    path = Path(target) / GENERATION_CONFIG_NAME
+    try:
+        found = GenerationConfig.from_pretrained(target).eos_token_id
+    except Exception as error:  # a list in the place of an object is a TypeError
+        if isinstance(error, OSError) and not path.exists():
+            return []
+        raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
+        raise GriffinError.at(path, "eos_token_id", found, "a token id, or a list of them")
+    return list(ids)
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ class TrainingState:
     """``step``: optimiser steps done; ``weights``: the head in float32; ``optimizer``: its state dict."""
 
     step: int
-    seconds: float
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
 
@@ -43,8 +42,7 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
         with atomic_folder(path) as staging:
             save_file({k: v.contiguous() for k, v in state.weights.items()}, staging / "head.safetensors")
             torch.save(state.optimizer, staging / "optimizer.pt")
-            meta = {"step": state.step, "seconds": state.seconds}
-            (staging / "state.json").write_text(json.dumps(meta), encoding="utf-8")
+            (staging / "state.json").write_text(json.dumps({"step": state.step}), encoding="utf-8")
     except (
         OSError,
         RuntimeError,
@@ -66,7 +64,6 @@ def load_checkpoint(path: Path) -> TrainingState:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
         return TrainingState(
             meta["step"],
-            meta["seconds"],
             load_file(path / "head.safetensors"),
             torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         )

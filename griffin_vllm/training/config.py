@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -16,16 +16,18 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
 
-from griffin_vllm.config import HeadName
+from griffin_vllm.config import HeadConfig, HeadName
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.alignment import AlignmentRule
 from griffin_vllm.training.attention import AttentionName
 
 Method = Literal["griffin", "hass", "eagle"]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 PRESETS = Path(__file__).parent / "presets"
 
 METHODS: dict[Method, tuple[HeadName, AlignmentRule]] = {
@@ -45,12 +47,26 @@ class Stage(Section):
     draft_steps: PositiveInt = Field(description="draft steps trained at once")
     epochs: PositiveFloat = Field(default=1.0, description="passes over the data; fractions are allowed")
     k_weight: NonNegativeFloat = Field(
-        default=0.5, description="weight of the top-10 cross entropy in this stage"
+        default=None,
+        validate_default=True,
+        description="weight of the top-10 cross entropy in this stage; null: 0 with one draft step, else 0.5",
     )
     learning_rate: PositiveFloat | None = Field(
         default=None,
         description="the stage's own peak, with a warm-up and a schedule over its own steps; null: the run's",
     )
+
+    @field_validator("k_weight", mode="before")
+    @classmethod
+    def _none_with_one_draft_step(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None:
+            return value
+        return 0.0 if info.data.get("draft_steps") == 1 else 0.5
+
+
+def default_stages(method: Any) -> tuple[Stage, ...]:
+    """Stages of one, two and three draft steps; EAGLE has the first alone."""
+    return tuple(Stage(draft_steps=n) for n in range(1, 2 if method == "eagle" else 4))
 
 
 class TrainConfig(Section):
@@ -80,9 +96,10 @@ class TrainConfig(Section):
     )
     align_top_k: PositiveInt = Field(3, description="a draft is aligned when the true token is in its top k")
     stages: tuple[Stage, ...] = Field(
-        (Stage(draft_steps=1, k_weight=0.0), Stage(draft_steps=2), Stage(draft_steps=3)),
+        default=None,
+        validate_default=True,
         min_length=1,
-        description="trained one after the other",
+        description="trained one after the other; method eagle has the first of the default ones",
     )
     detach: bool = Field(True, description="cut the gradient between draft steps, as the reference does")
     v_weight: NonNegativeFloat = Field(1.0, description="weight of the feature regression loss")
@@ -105,7 +122,9 @@ class TrainConfig(Section):
     )
     gradient_accumulation: PositiveInt = Field(1, description="micro-batches an optimiser step")
     learning_rate: PositiveFloat = Field(3e-4, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of its two averages")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of its two averages"
+    )
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay of the weights")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -135,7 +154,9 @@ class TrainConfig(Section):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, order, noise and sampled tokens")
 
-    num_speculative_tokens: PositiveInt = Field(5, description="K for validation and for the served head")
+    num_speculative_tokens: PositiveInt | None = Field(
+        None, description="K for validation and for the served head; null: that of `init_from`, or 5"
+    )
     validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
     validate_every: PositiveInt = Field(500, description="optimiser steps between validations")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="minutes between checkpoints")
@@ -145,6 +166,11 @@ class TrainConfig(Section):
     def _off_is_a_word(cls, value: Any) -> Any:
         # YAML reads a bare `off` as false
         return "off" if value is False else value
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _stages_of_the_method(cls, value: Any, info: ValidationInfo) -> Any:
+        return default_stages(info.data.get("method")) if value is None else value
 
     @property
     def head_name(self) -> HeadName:
@@ -173,8 +199,8 @@ class TrainConfig(Section):
             if key == "preset":
                 continue
             if key.startswith("stages."):
-                default = cls.model_fields["stages"].default
-                values.setdefault("stages", [stage.model_dump() for stage in default])
+                stages = default_stages(dict(given).get("method", values.get("method")))
+                values.setdefault("stages", [stage.model_dump(exclude_unset=True) for stage in stages])
             set_nested(values, key, value)
         return cls.check(values, path)
 
@@ -195,7 +221,7 @@ class TrainConfig(Section):
                 near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise GriffinError(f"{path}: unknown option {name!r}{hint}") from error
-            raise GriffinError.at(path, name, first.get("input"), first["msg"]) from error
+            raise GriffinError.invalid(path, first) from error
         if config.method == "eagle" and any(stage.draft_steps > 1 for stage in config.stages):
             raise GriffinError.at(
                 path, "stages", "more than one draft step", "one (method eagle; hass has more)"
@@ -207,6 +233,9 @@ class TrainConfig(Section):
                 config.draft_vocab,
                 "null (vLLM's eagle method drafts the whole vocabulary)",
             )
+        if config.num_speculative_tokens is None and config.init_from is None:
+            recommended = HeadConfig.model_fields["num_speculative_tokens"].default
+            return config.model_copy(update={"num_speculative_tokens": recommended})
         return config
 
 
@@ -296,5 +325,6 @@ def _described(option: str, info: FieldInfo) -> tuple[str, str, str]:
     if info.is_required():
         default = "(required)"
     elif option == "--stages":
-        default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in default)
+        stages = default_stages("griffin")
+        default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in stages)
     return option, str(default), info.description or ""

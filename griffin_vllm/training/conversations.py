@@ -84,7 +84,7 @@ def check_source(source: str) -> None:
     """Raise GriffinError if ``source`` is named like a file or folder that is not there; a Hub id is not looked up."""
     path = Path(source)
     named_like_a_file = path.suffix in (".json", ".jsonl", ".gz") or source.startswith((".", "/", "~"))
-    if named_like_a_file and not path.exists():
+    if named_like_a_file and not path.exists() and _saved_dataset(source) is None:
         raise GriffinError(f"{source}: there is no such file or folder")
 
 
@@ -115,11 +115,11 @@ def read_file(file: IO[bytes], source: str) -> Iterator[Record]:
 def read_dataset(source: str) -> Iterator[Record]:
     """Conversations of a Hugging Face data set: a folder written by ``save_to_disk``, or a Hub id.
 
-    A Hub id may name a split, ``train`` if it does not, and a configuration: ``org/name``, ``org/name:test``,
-    ``org/name:configuration:test``.
+    Either may name a split, ``train`` if it does not, and a Hub id a configuration: ``folder``, ``folder:test``,
+    ``org/name``, ``org/name:test``, ``org/name:configuration:test``.
 
     Raises:
-        GriffinError: the library ``datasets`` is missing, or there is no such data set.
+        GriffinError: the library ``datasets`` is missing, or there is no such data set or split.
     """
     try:
         import datasets
@@ -127,19 +127,20 @@ def read_dataset(source: str) -> Iterator[Record]:
         raise GriffinError(
             f"{source}: is not a file; to read a Hugging Face data set, pip install datasets"
         ) from error
-    folder = Path(source)
+    saved = _saved_dataset(source)
     try:
-        if folder.is_dir():
-            data = datasets.load_from_disk(str(folder))
-            splits = list(data.values()) if isinstance(data, Mapping) else [data]
+        if saved is not None:
+            data = datasets.load_from_disk(str(saved[0]))
         else:
             name, *configuration, split = source.split(":") if ":" in source else (source, "")
-            splits = [datasets.load_dataset(name, *configuration, split=split or "train", streaming=True)]
+            data = datasets.load_dataset(name, *configuration, split=split or "train", streaming=True)
     except Exception as error:  # the library and the Hub client have many kinds, and all mean the same here
         raise GriffinError(
             f"{source}: is neither a file nor a data set that could be opened ({GriffinError.reason(error)})"
         ) from error
-    records = enumerate(record for split in splits for record in split)
+    if saved is not None:
+        data = _split_of(data, *saved)
+    records = enumerate(data)
     while True:
         try:
             index, record = next(records)
@@ -150,6 +151,32 @@ def read_dataset(source: str) -> Iterator[Record]:
         yield _convert(record, source, index)
 
 
+def _saved_dataset(source: str) -> tuple[Path, str] | None:
+    """Folder and split ("": not named) of a data set on this disk; None if ``source`` is no such one."""
+    if Path(source).is_dir():
+        return Path(source), ""
+    folder, _, split = source.rpartition(":")
+    return (Path(folder), split) if folder and Path(folder).is_dir() else None
+
+
+def _split_of(data: Any, folder: Path, split: str) -> Any:
+    """The records of ``split`` (``train`` if it is not named) in the data set that was saved in ``folder``.
+
+    Raises:
+        GriffinError: it has no such split.
+    """
+    if not isinstance(data, Mapping):
+        if split:
+            raise GriffinError.at(
+                folder, "split", split, f"none: write {folder}, it was saved without splits"
+            )
+        return data
+    wanted = split or "train"
+    if wanted not in data:
+        raise GriffinError.at(folder, "split", wanted, f"one of {sorted(data)}; write {folder}:SPLIT")
+    return data[wanted]
+
+
 def conversation(record: object) -> Conversation:
     """The conversation in one JSON record.
 
@@ -157,15 +184,16 @@ def conversation(record: object) -> Conversation:
     ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
     ``token_ids`` and ``finish_reason``, and a record the ``family`` of the one that it was made from. Assistant
     turns before the first user turn are dropped (fragments begin with them); a conversation ends before its
-    first empty turn, before a system turn that is not its first, and before the first turn that repeats a role
-    unless there are no answers at all.
+    first empty turn, before a system turn that is not its first, before the first turn behind an answer that cannot be
+    used (a tool's, say), and before the first turn that repeats a role unless there are no answers at all. A field that
+    is null counts as absent: Arrow gives every record the fields of all of them.
 
     Raises:
         RecordError: nothing usable is left.
     """
     if not isinstance(record, Mapping):
         raise RecordError("not a JSON object")
-    found = [_turn(raw) for raw in _raw_turns(record)]
+    found = _turns(_raw_turns(record))
     start = 1 if found[0].role == "system" else 0
     system = [turn for turn in found[:start] if turn.content.strip()]
     while start < len(found) and found[start].role == "assistant":
@@ -194,7 +222,7 @@ def conversation(record: object) -> Conversation:
 
 def _name(record: Mapping[str, Any]) -> str | None:
     """The id of a record as it says it, or None."""
-    found = record.get("id", record.get("question_id"))
+    found = _given(record, "id", "question_id")
     return None if found in (None, "") else _sound(str(found))
 
 
@@ -232,25 +260,43 @@ def _convert(record: object, source: str, index: int) -> Record:
 
 def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
     for key in ("conversations", "messages"):
-        if key in record:
-            turns = record[key]
+        turns = record.get(key)
+        if turns is not None:
             if not isinstance(turns, list) or not turns:
                 raise RecordError("no turns")
             return turns
     if isinstance(record.get("turns"), list) and record["turns"]:
         return [{"role": "user", "content": turn} for turn in record["turns"]]
-    if "prompt" in record:
+    if record.get("prompt") is not None:
         return [{"role": "user", "content": record["prompt"]}]
     raise RecordError("none of the fields conversations, messages, turns, prompt")
+
+
+def _given(record: Mapping[str, Any], *names: str) -> Any:
+    """The first of the fields ``names`` that is not null, or None."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _turns(raw_turns: Sequence[Any]) -> list[Turn]:
+    """The turns up to the first that cannot be used; RecordError where no answer came before that one."""
+    turns: list[Turn] = []
+    for raw in raw_turns:
+        try:
+            turns.append(_turn(raw))
+        except RecordError:
+            if not any(turn.role == "assistant" for turn in turns):
+                raise
+            break
+    return turns
 
 
 def _turn(raw: object) -> Turn:
     if not isinstance(raw, Mapping):
         raise RecordError("a turn is not an object")
-    role = ROLES.get(str(raw.get("from", raw.get("role"))))
+    role = ROLES.get(str(_given(raw, "from", "role")))
     if role is None:
         raise RecordError("a turn with an unknown role")
-    content = raw.get("value", raw.get("content"))
+    content = _given(raw, "value", "content")
     if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):

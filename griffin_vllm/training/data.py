@@ -111,10 +111,7 @@ class TokenDataset:
         try:
             self.manifest = Manifest.model_validate(read_json(path))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise GriffinError.at(
-                path, ".".join(map(str, first["loc"])), first.get("input"), first["msg"]
-            ) from error
+            raise GriffinError.invalid(path, error.errors()[0]) from error
         if split not in self.manifest.splits:
             raise GriffinError.at(path, "splits", sorted(self.manifest.splits), f"one called {split!r}")
         self.folder, self.split = folder, split

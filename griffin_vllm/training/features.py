@@ -40,8 +40,8 @@ DIGEST_BLOCKS, DIGEST_BLOCK_BYTES = 256, 4096
 class CacheManifest:
     """What a cache was made from; two caches with the same manifest hold the same numbers.
 
-    ``target_weights`` tells targets of one folder name apart (:func:`target_digest`); None, as in caches that
-    are older than the field, is taken for any.
+    ``target_weights`` (:func:`target_digest`) tells targets apart, whatever their names. Where it is None, as for a Hub
+    id and in caches that are older than the field, ``target`` does: the Hub id, or the name of the folder.
     """
 
     target: str
@@ -55,14 +55,15 @@ class CacheManifest:
     @classmethod
     def of(cls, target: Path, hf_config: PreTrainedConfig, data: TokenDataset, top_k: int) -> CacheManifest:
         """The cache that ``data`` needs from the target in folder ``target``."""
+        digest = target_digest(target)
         return cls(
-            target=target.name,
+            target=str(target) if digest is None else target.name,
             dataset=dataset_digest(data.folder),
             hidden_size=hf_config.hidden_size,
             vocab_size=hf_config.vocab_size,
             top_k=top_k,
             lengths=data.lengths.tolist(),
-            target_weights=target_digest(target),
+            target_weights=digest,
         )
 
     def size_in_bytes(self) -> int:
@@ -82,9 +83,9 @@ class CacheManifest:
         if not isinstance(stored, dict):
             return False
         wanted, found = asdict(self), {"target_weights": None, **stored}
-        if None in (wanted["target_weights"], found["target_weights"]):
-            wanted["target_weights"] = found["target_weights"] = None
-        return wanted == found
+        unknown = None in (wanted["target_weights"], found["target_weights"])
+        ignored = "target_weights" if unknown else "target"
+        return wanted | {ignored: None} == found | {ignored: None}
 
 
 class FeatureCache:

@@ -65,6 +65,8 @@ from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
 LOG_EVERY = 10
 # An answer counts as greedy when the target's first choice is the token at this share of its positions.
 GREEDY_SHARE = 0.97
+# Validation answers that are looked at for each one that is wanted: every start of a run waits for that.
+GREEDY_CANDIDATES = 4
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
@@ -101,6 +103,7 @@ class Trainer:
         self.train_data = TokenDataset(config.data, "train")
         self.validation_data = TokenDataset(config.data, "validation")
         self.plan = plan_steps(self.train_data, config)
+        self._attention = choose_attention(config.attention, self.device)
         self.hf_config = target_config(config.target)
         chat = ChatTarget.load(str(config.target))
         self.train_data.check_target(chat.tokenizer, chat.vocab_size)
@@ -125,8 +128,15 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.config.output / "checkpoints"
 
+    @property
+    def exported(self) -> Path:
+        """The finished head's folder."""
+        return self.config.output / "head"
+
     def run(self) -> Path:
         """Train to the end, or on from the latest checkpoint, and export; returns the finished head's folder.
+
+        A run that is finished is left as it is: beside its head may stand what was measured of it.
 
         Raises:
             Interrupted: a signal arrived.
@@ -150,9 +160,12 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         model, optimizer = self.accelerator.prepare(steps, optimizer)
-        done, seconds_before = self._resume(optimizer)
+        done = self._resume(optimizer)
+        if done == len(self.plan) and self.exported.is_dir():
+            self.console.print(f"the run is finished; head in {self.exported}")
+            return self.exported
         log = RunLog(config.output, done, writes=self.accelerator.is_main_process)
-        clock = saved_at = time.monotonic()
+        saved_at = time.monotonic()
         with stop_signals() as stop, self._progress(done) as progress:
             while done < len(self.plan):
                 losses = self._optimise(model, optimizer, done)
@@ -164,15 +177,15 @@ class Trainer:
                 wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
                 if wish is not Wish.GO_ON:
                     saved_at = time.monotonic()
-                    self._save(optimizer, done, seconds_before + saved_at - clock)
+                    self._save(optimizer, done)
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
                 # after a stop: a launcher kills the processes that do not end within seconds of its signal
                 if self.answers and done % config.validate_every == 0 and done < len(self.plan):
                     log.write("validation", done, acceptance_row(self.validate()))
-        self._save(optimizer, done, seconds_before + time.monotonic() - clock)
+        self._save(optimizer, done)
         acceptance = self.validate() if self.answers else None
-        # a finished run that is run again has its last row
+        # a run that was killed before its head was written has its last row
         if acceptance is not None and not log.has("validation", done):
             log.write("validation", done, acceptance_row(acceptance))
         return self._export(acceptance, log)
@@ -186,7 +199,7 @@ class Trainer:
             for samples in self.answers
         )
         with self.accelerator.autocast():
-            return simulate(self.head, self.shared, batches, self.config.num_speculative_tokens)
+            return simulate(self.head, self.shared, batches, self.head_config.num_speculative_tokens)
 
     def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
         """Optimiser step ``index`` of the plan; returns its losses, averaged over micro-batches.
@@ -323,7 +336,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         kind = GriffinHead if config.head_name == "griffin" else EagleHead
-        head = kind(self.head_config, choose_attention(config.attention, self.device))
+        head = kind(self.head_config, self._attention)
         if self.start is None:
             sample, _ = self.train_source.features([0], [self.train_data[0][0]])[0]
             head.reset_parameters(rms(self.shared.embed_tokens), rms(sample))
@@ -333,35 +346,37 @@ class Trainer:
         return head.to(self.device)
 
     def _greedy_answers(self) -> list[list[int]]:
-        """Batches of validation samples whose answers the target would give at temperature 0."""
+        """Batches of validation samples whose answers the target would give at temperature 0, or of the first samples
+        where none of the ``GREEDY_CANDIDATES`` are."""
+        wanted = self.config.validation_samples
         chosen: list[int] = []
-        for sample in range(len(self.validation_data)):
-            if len(chosen) == self.config.validation_samples:
+        for sample in range(min(len(self.validation_data), GREEDY_CANDIDATES * wanted)):
+            if len(chosen) == wanted:
                 break
             tokens, mask = self.validation_data[sample]
             _, soft = self.validation_source.features([sample], [tokens])[0]
             greedy = soft.ids[:-1, 0].cpu() == tokens[1:]
             if mask[1:].any() and greedy[mask[1:]].float().mean() >= GREEDY_SHARE:
                 chosen.append(sample)
-        chosen = chosen or list(range(min(len(self.validation_data), self.config.validation_samples)))
+        chosen = chosen or list(range(min(len(self.validation_data), wanted)))
         lengths = self.validation_data.lengths[chosen]
         buckets = length_buckets(lengths, self.config.batch_tokens, self.config.seed, 0)
         return [[chosen[i] for i in bucket] for bucket in buckets]
 
-    def _resume(self, optimizer: Any) -> tuple[int, float]:
-        """Steps done and seconds spent so far, after loading the latest checkpoint if there is one."""
+    def _resume(self, optimizer: Any) -> int:
+        """Steps done so far, after loading the latest checkpoint if there is one."""
         path = latest_checkpoint(self.checkpoints)
         if path is None:
-            return 0, 0.0
+            return 0
         state = load_checkpoint(path)
         self.head.load_state_dict(state.weights)
         optimizer.load_state_dict(state.optimizer)
         self.console.print(f"continuing from {path}")
-        return state.step, state.seconds
+        return state.step
 
-    def _save(self, optimizer: Any, done: int, seconds: float) -> None:
+    def _save(self, optimizer: Any, done: int) -> None:
         if self.accelerator.is_main_process:
-            state = TrainingState(done, seconds, self.head.state_dict(), optimizer.state_dict())
+            state = TrainingState(done, self.head.state_dict(), optimizer.state_dict())
             save_checkpoint(self.checkpoints, state)
         self.accelerator.wait_for_everyone()
 
@@ -395,7 +410,7 @@ class Trainer:
             yield show
 
     def _export(self, acceptance: Acceptance | None, log: RunLog) -> Path:
-        folder = self.config.output / "head"
+        folder = self.exported
         if self.accelerator.is_main_process:
             positions = sum(map(self._tokens, self.plan))
             manifest = self.train_data.manifest

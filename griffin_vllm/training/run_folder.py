@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
+from griffin_vllm.training.checkpoints import latest_checkpoint
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import target_digest
@@ -17,7 +20,7 @@ from griffin_vllm.training.features import target_digest
 SETTINGS, INPUTS = "config.json", "inputs.json"
 REMEDY = "name another output folder"
 # What may differ when a run goes on: the weights that it ends with do not depend on it.
-MAY_CHANGE = {"validate_every", "validation_samples", "checkpoint_minutes"}
+MAY_CHANGE = {"output", "validate_every", "validation_samples", "checkpoint_minutes"}
 
 
 def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -34,37 +37,55 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 def claim_output(config: TrainConfig, start: Head | None = None) -> None:
     """Make ``output`` this run's folder; a folder of a run with other settings (but for ``MAY_CHANGE``) or other
-    inputs is refused.
+    inputs is refused, unless that run never trained a step.
 
-    ``start``: the head of ``init_from``. A folder that does not say its inputs, as older ones do not, is taken at its
-    settings' word.
+    ``start``: the head of ``init_from``. Paths may change where digests tell that what lies behind them is the same. A
+    folder that does not say its inputs, as older ones do not, is taken at its settings' word.
 
     Raises:
         GriffinError: another run's folder (the first difference is named), or it cannot be written.
     """
-    path = config.output / SETTINGS
+    path, inputs = config.output / SETTINGS, config.output / INPUTS
+    found = _inputs(config, start)
     before = _settings_before(config)
     if before is not None:
-        old, new = (one.model_dump(mode="json", exclude=MAY_CHANGE) for one in (before, config))
+        stored = read_json(inputs) if inputs.is_file() else {}
+        may_change = MAY_CHANGE | _paths_that_may_change(before, config, stored, found)
+        old, new = (one.model_dump(mode="json", exclude=may_change) for one in (before, config))
         check_same(path, old, new, REMEDY)
-    found = _inputs(config, start)
-    inputs = config.output / INPUTS
-    if inputs.is_file():
-        check_same(inputs, read_json(inputs), found, REMEDY)
+        if stored:
+            check_same(inputs, stored, found, REMEDY)
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GriffinError(f"{config.output}: cannot be written ({GriffinError.reason(error)})") from error
-    if before != config:
-        write_whole(path, json.dumps(config.model_dump(mode="json"), indent=2))
-    if not inputs.is_file():
-        write_whole(inputs, json.dumps(found, indent=2))
+    _write_unless_same(path, json.dumps(config.model_dump(mode="json"), indent=2))
+    _write_unless_same(inputs, json.dumps(found, indent=2))
 
 
 def _settings_before(config: TrainConfig) -> TrainConfig | None:
+    """The settings of the run in ``output``; None where no run has trained a step there."""
     path = config.output / SETTINGS
+    trained = latest_checkpoint(config.output / "checkpoints") or (config.output / "head").is_dir()
     # a setting that is younger than the run has its default there
-    return TrainConfig.check(read_json(path), path) if path.is_file() else None
+    return TrainConfig.check(read_json(path), path) if trained and path.is_file() else None
+
+
+def _paths_that_may_change(
+    before: TrainConfig, now: TrainConfig, stored: dict[str, Any], found: dict[str, str | None]
+) -> set[str]:
+    """Settings that are paths to what the digests in ``stored`` and ``found`` tell apart."""
+    names = {name for name, digest in found.items() if None not in (digest, stored.get(name))}
+    # a cache is checked against data and target whenever it is opened; with none the features are not rounded
+    if names >= {"data", "target"} and None not in (before.features, now.features):
+        names.add("features")
+    return names
+
+
+def _write_unless_same(path: Path, text: str) -> None:
+    """Of several processes the first writes, and the others, which come later, leave its file alone."""
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_whole(path, text)
 
 
 def _inputs(config: TrainConfig, start: Head | None) -> dict[str, str | None]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from griffin_vllm.checkpoint import Head
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.config import TrainConfig
 
 
-def head_config(
-    config: TrainConfig, target: Any, trained_context_length: int, start: Head | None
-) -> HeadConfig:
+def head_config(config: TrainConfig, target: Any, longest_sample: int, start: Head | None) -> HeadConfig:
     """The head's sizes: those of ``start`` (``init_from``), or the target's unless the settings say otherwise.
+
+    ``longest_sample``: tokens of the data's longest; ``start`` may have been trained with longer ones.
 
     Raises:
         GriffinError: the sizes contradict each other, or ``start`` is not a head for ``target``.
@@ -27,6 +29,14 @@ def head_config(
                 "settings", name, wanted, f"null, or {sizes[name]} as {config.init_from} has it"
             )
         sizes[name] = wanted
+    heads = sizes["num_attention_heads"]
+    if config.num_key_value_heads and heads % config.num_key_value_heads:
+        raise GriffinError.at(
+            "settings",
+            "num_key_value_heads",
+            config.num_key_value_heads,
+            f"a divisor of num_attention_heads={heads} (the target's)",
+        )
     if start is None:
         # above temperature 0 sampled drafts are accepted far more often (benchmarks/README.md)
         sizes["draft_sample_method"] = "probabilistic"
@@ -34,11 +44,14 @@ def head_config(
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),
         "target_model_type": target.model_type,
-        "num_speculative_tokens": config.num_speculative_tokens,
-        "trained_context_length": trained_context_length,
+        "num_speculative_tokens": config.num_speculative_tokens or sizes["num_speculative_tokens"],
+        "trained_context_length": max(longest_sample, sizes.get("trained_context_length") or 0),
     }
     where = Path(config.init_from or config.target)
-    head = HeadConfig(**sizes | provenance).checked(where)
+    try:
+        head = HeadConfig(**sizes | provenance).checked(where)
+    except ValidationError as error:
+        raise GriffinError.invalid(where, error.errors()[0]) from error
     head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
     return head
 

@@ -75,7 +75,9 @@ class DraftSteps(nn.Module):
         surrogate, losses = batch.features.new_zeros(()), []
         for step in range(steps):
             predict, regress = self.head(embeddings, features, streams)
-            learns, rows = mask.learns, mask.learns | mask.asks
+            last = step == steps - 1
+            learns = mask.learns
+            rows = learns if last else learns | mask.asks
             count = self.mean_over_processes(learns.sum().float()) + EPSILON
             tokens = token_losses(
                 predict[rows],
@@ -92,10 +94,11 @@ class DraftSteps(nn.Module):
             through_predict = (predict[rows].float() * tokens.gradient.float()).sum()
             surrogate = surrogate + weights.decay**step * (weights.v * v + through_predict)
             losses.append(torch.stack([v.detach(), tokens.p, tokens.k]))
-            ok = torch.zeros_like(learns)
-            ok[rows] = tokens.ok
-            mask.advance(ok)
-            features = next_stream(features, regress.detach() if self.detach else regress)
+            if not last:
+                ok = torch.zeros_like(learns)
+                ok[rows] = tokens.ok
+                mask.advance(ok)
+                features = next_stream(features, regress.detach() if self.detach else regress)
         return surrogate, torch.stack(losses)
 
     def _classes(self, batch: Batch, seed: int) -> Classes:

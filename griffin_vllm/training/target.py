@@ -115,7 +115,7 @@ def target_config(path: Path | str) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a value of another type than transformers expects is any kind of error
         raise GriffinError(
             f"{path}: has no readable config.json of a target ({GriffinError.reason(error)})"
         ) from error

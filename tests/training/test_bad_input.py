@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,25 @@ PREPARE: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Path("target/chat_template.jinja").unlink(),
         "target: its tokenizer has no chat template",
     ),
+    **{
+        f"a generation_config.json that holds {content}": (
+            partial(write, "target/generation_config.json", content),
+            message,
+        )
+        for content, message in (
+            ("[]", r"target/generation_config\.json: cannot be read \("),
+            ("{", r"target/generation_config\.json: cannot be read \("),
+            (
+                '{"eos_token_id": "x"}',
+                r"generation_config\.json: eos_token_id is 'x', expected a token id, or a",
+            ),
+            (
+                '{"eos_token_id": [null]}',
+                r"generation_config\.json: eos_token_id is \[None\], expected a token id",
+            ),
+            ('{"eos_token_id": -1}', r"generation_config\.json: eos_token_id is -1, expected a token id"),
+        )
+    },
     "output that is a file": (lambda: write("out", "mine"), "--out is 'out', expected a new folder, or one"),
     "output of something else": (
         lambda: write("out/notes", "mine"),
@@ -208,6 +228,12 @@ def write_griffin_head_for_eagle() -> None:
     configure(init_from="start", head="eagle")
 
 
+def write_run(config: str) -> None:
+    """An output folder with a checkpoint."""
+    write("run/config.json", config)
+    Path("run/checkpoints/step-00000001").mkdir(parents=True)
+
+
 # What is spoilt, and the message; `train run.yaml` follows.
 TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     "no file": (
@@ -249,19 +275,30 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
         lambda: write("run.yaml", "data: d\noutput: o\n"),
         r"run\.yaml: target is missing",
     ),
-    "a value of another kind": (lambda: configure(seed="many"), r"run\.yaml: seed is 'many'"),
+    "a value of another kind": (
+        lambda: configure(seed="many"),
+        r"run\.yaml: seed is 'many', expected a valid integer",
+    ),
     "a negative seed": (lambda: configure(seed=-1), r"run\.yaml: seed is -1, expected"),
     "epochs without end": (
         lambda: configure(stages=[{"draft_steps": 1, "epochs": float("inf")}]),
         r"run\.yaml: stages\.0\.epochs is inf, expected",
     ),
     "an unknown method": (lambda: configure(method="medusa"), r"run\.yaml: method is 'medusa', expected"),
-    "several steps of EAGLE": (lambda: configure(method="eagle"), "stages is 'more than one draft step'"),
+    "several steps of EAGLE": (
+        lambda: configure(method="eagle", stages=[{"draft_steps": 2}]),
+        "stages is 'more than one draft step'",
+    ),
+    "decay rates of AdamW that are none": (
+        lambda: configure(betas=[1.5, 2]),
+        r"run\.yaml: betas\.0 is 1\.5, expected less than 1$",
+    ),
+    "a decay rate too many": (lambda: configure(betas=[0.9, 0.9, 0.9]), r"run\.yaml: betas"),
     "an unknown preset": (lambda: configure(preset="large"), "preset: name is 'large', expected one of"),
     "no data": (lambda: shutil.rmtree("data"), r"data: has no manifest\.json; a token dataset is written by"),
     "data of another kind": (
         lambda: damage_json("data/manifest.json", format=2),
-        r"data/manifest\.json: format is 2, expected",
+        r"data/manifest\.json: format is 2, expected 1$",
     ),
     "a manifest that is not JSON": (
         lambda: write("data/manifest.json", "{"),
@@ -307,7 +344,11 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "KV heads that do not divide": (
         lambda: configure(num_key_value_heads=3),
-        "num_key_value_heads is 3, expected a divisor of num_attention_heads=4",
+        "settings: num_key_value_heads is 3, expected a divisor of num_attention_heads=4",
+    ),
+    "xformers where it cannot be": (
+        lambda: configure(attention="xformers", features="features"),
+        r"attention: (xformers is not installed|device is 'cpu')",
     ),
     "no head to continue from": (
         lambda: configure(init_from="nowhere"),
@@ -331,13 +372,28 @@ TRAIN: dict[str, tuple[Callable[[], object], str]] = {
         r"talks.jsonl/run: cannot be written \(Not a directory\)",
     ),
     "output of another run": (
-        lambda: write("run/config.json", json.dumps(RUN | {"data": "other"})),
+        lambda: write_run(json.dumps(RUN | {"data": "other"})),
         r"run/config\.json: data is 'other', expected 'data'; name another output folder",
     ),
-    "output with a damaged config": (
-        lambda: write("run/config.json", "{"),
-        r"run/config\.json: is not valid JSON",
-    ),
+    "output with a damaged config": (lambda: write_run("{"), r"run/config\.json: is not valid JSON"),
+    **{
+        f"a target whose {name} is {value!r}": (
+            partial(damage_json, "target/config.json", **{name: value}),
+            message,
+        )
+        for name, value, message in (
+            (
+                "hidden_size",
+                "64",
+                r"target: has no readable config\.json .*'hidden_size': TypeError: .*got str",
+            ),
+            ("max_position_embeddings", None, r"target: has no readable config\.json .*expected int"),
+            ("rope_parameters", "x", r"target: has no readable config\.json .*rope_parameters"),
+            ("quantization_config", "gptq", r"target: has no readable config\.json"),
+            ("num_attention_heads", 0, r"target: has no readable config\.json .*by zero"),
+            ("num_key_value_heads", 0, r"target: num_key_value_heads is 0, expected greater than 0"),
+        )
+    },
 }
 
 

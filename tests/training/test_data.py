@@ -137,7 +137,12 @@ def test_arrays_one_behind_the_other_are_read_to_the_end() -> None:
         (b"3", "not a JSON object"),
         (b"{}", "none of the fields conversations, messages, turns, prompt"),
         (b'{"conversations": []}', "no turns"),
-        (b'{"conversations": null}', "no turns"),
+        (b'{"conversations": null}', "none of the fields conversations, messages, turns, prompt"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "x"}, '
+            b'{"role": "assistant", "content": "b"}]}',
+            "a turn with an unknown role",
+        ),
         (b'{"conversations": [5]}', "a turn is not an object"),
         (b'{"messages": [{"role": "tool", "content": "x"}]}', "a turn with an unknown role"),
         (b'{"messages": [{"role": "user", "content": null}]}', "a turn without text"),
@@ -198,6 +203,33 @@ def test_conversation_is_cleaned_at_both_ends() -> None:
     assert contents(found) == [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c")]
 
 
+@pytest.mark.parametrize(
+    "unusable",
+    [
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "x", "token_ids": "x"},
+        "no object",
+    ],
+)
+def test_conversation_ends_before_the_first_turn_behind_an_answer_that_cannot_be_used(unusable: Any) -> None:
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (found,) = read(jsonl({"messages": [*good, unusable, *good]}))
+    assert contents(found) == [("user", "a"), ("assistant", "b")]
+
+
+def test_field_that_is_null_as_arrow_writes_it_counts_as_absent() -> None:
+    turn = {"from": None, "value": None, "role": "user", "content": "a", "token_ids": None}
+    records = [
+        {"id": None, "question_id": "q1", "conversations": None, "messages": [turn]},
+        {"conversations": None, "messages": None, "turns": None, "prompt": "b"},
+    ]
+    one, two = read(jsonl(*records))
+    assert contents(one) == [("user", "a")]
+    assert one.id == "q1"
+    assert contents(two) == [("user", "b")]
+
+
 def test_text_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert contents(read(jsonl({"messages": [{"role": "user", "content": parts}]}))[0]) == [("user", "ab")]
@@ -247,6 +279,39 @@ def test_hugging_face_dataset_saved_to_disk_is_read(tmp_path: Path) -> None:
     saved.save_to_disk(str(tmp_path / "saved"))
     found = list(read_source(str(tmp_path / "saved")))
     assert [contents(f)[1] for f in found] == [("assistant", "0"), ("assistant", "1")]
+
+
+def test_saved_dataset_of_several_splits_is_read_split_by_split_and_never_as_a_whole(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the optional library datasets is not installed")
+    folder = str(tmp_path / "saved")
+    splits = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    assert [contents(found) for found in read_source(folder)] == [[("user", "train")]]
+    assert [contents(found) for found in read_source(f"{folder}:test")] == [[("user", "test")]]
+    with pytest.raises(GriffinError, match=r"saved: split is 'dev', expected one of \['test', 'train'\]"):
+        list(read_source(f"{folder}:dev"))
+
+
+def test_split_of_a_saved_dataset_must_be_named_where_none_is_called_train_with_a_stand_in_for_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: dict[str, Any] = {"a": [{"prompt": "of a"}], "b": [{"prompt": "of b"}]}
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=lambda folder: saved))
+    with pytest.raises(
+        GriffinError, match=r"split is 'train', expected one of \['a', 'b'\]; write .*:SPLIT$"
+    ):
+        list(read_source(str(tmp_path)))
+    assert [contents(found) for found in read_source(f"{tmp_path}:b")] == [[("user", "of b")]]
+
+
+def test_split_of_a_dataset_that_was_saved_without_any_is_refused_with_a_stand_in_for_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = [{"prompt": "a"}]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=lambda folder: saved))
+    assert [contents(found) for found in read_source(str(tmp_path))] == [[("user", "a")]]
+    with pytest.raises(GriffinError, match=r"split is 'test', expected none: .* it was saved without splits"):
+        list(read_source(f"{tmp_path}:test"))
 
 
 @pytest.mark.parametrize(

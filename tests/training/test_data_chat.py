@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,8 +185,38 @@ def test_template_that_refuses_a_conversation_skips_it_alone() -> None:
     target = targets.chat_target(targets.INSTRUCT.replace("</s>", "<|end|>"))
     refused, fine = target.samples([talk("a", "b", system="s"), talk("a", "b")])
     assert isinstance(refused, RecordError)
-    assert str(refused) == "the chat template refuses the conversation"
+    assert str(refused) == "the chat template refuses the conversation (no system turns)"
     assert isinstance(fine, list)
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("1 / 0", "division by zero"),
+        ("messages.index(0)", "not in list"),
+        ("'{}'.format()", "out of range"),
+        ("none.x.y", "is undefined|has no attribute"),
+    ],
+)
+def test_template_that_breaks_in_any_way_skips_the_conversation_in_the_errors_own_words(
+    expression: str, words: str
+) -> None:
+    broken = f"{{% if messages[0].content == 'break' %}}{{{{ {expression} }}}}{{% endif %}}{targets.CHATML}"
+    target = targets.chat_target(broken)
+    first, second, fine = target.samples([talk("break", "b"), talk("break", "c"), talk("a", "b")])
+    assert isinstance(first, RecordError)
+    assert re.fullmatch(rf"the chat template refuses the conversation \(.*({words}).*\)", str(first))
+    # so they are counted together
+    assert str(first) == str(second)
+    assert isinstance(fine, list)
+
+
+def test_end_of_turn_that_the_tokenizer_has_no_token_for_is_no_text() -> None:
+    tokenizer = targets.byte_level(targets.PLAIN)
+    target = ChatTarget(tokenizer, [tokenizer.eos_token_id, len(tokenizer) + 5], len(tokenizer) + 64)
+    (sample,) = samples(target, talk("a", "None"))
+    assert answers(target, sample) == ["None"]
+    assert target._eos_texts == ["<|end|>"]
 
 
 @pytest.mark.parametrize("ids", [(-1,), (4000,)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +165,20 @@ def test_cache_of_another_target_in_a_folder_of_the_same_name_is_refused(
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GriffinError, match="holds features of another target or data set"):
         write(tmp_path / "features", other, data)
+
+
+def test_cache_of_a_target_whose_folder_was_renamed_is_read(target: Path, data: Path, tmp_path: Path) -> None:
+    write(tmp_path / "features", target, data)
+    renamed = Path(shutil.copytree(target, tmp_path / "renamed"))
+    asked = CacheManifest.of(renamed, target_config(renamed), TokenDataset(data, "train"), 4)
+    assert is_complete(tmp_path / "features", asked)
+
+
+def test_hub_ids_of_one_model_name_do_not_share_a_cache(target: Path, data: Path, tmp_path: Path) -> None:
+    dataset, config = TokenDataset(data, "train"), target_config(target)
+    one, other = (CacheManifest.of(Path(name), config, dataset, 4) for name in ("a/model", "b/model"))
+    assert one.describes(json.loads(json.dumps(asdict(one))))
+    assert not other.describes(json.loads(json.dumps(asdict(one))))
 
 
 def test_cache_that_is_older_than_the_digest_of_the_weights_is_read(

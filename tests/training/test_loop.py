@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +26,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import griffin_vllm.training
-from griffin_vllm.checkpoint import open_head
+from griffin_vllm.checkpoint import open_head, save_head
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.checkpoints import (
     TrainingState,
@@ -48,6 +50,16 @@ def trained(output: Path) -> dict[str, torch.Tensor]:
     latest = latest_checkpoint(output / "checkpoints")
     assert latest is not None
     return load_checkpoint(latest).weights
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The runs in two output folders ended with the same weights, bit for bit: in training and as they are served."""
+    for one, other in (
+        (trained(found), trained(expected)),
+        (weights(found / "head"), weights(expected / "head")),
+    ):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def losses(output: Path) -> list[float]:
@@ -89,16 +101,49 @@ def test_finished_run_leaves_a_head_that_can_be_served(
         assert {"fc.weight", "layers.0.mlp.down_proj.weight"} <= weights(folder).keys()
 
 
-def test_every_validation_is_logged_once_also_when_a_finished_run_is_run_again(
+def test_every_validation_is_logged_once_also_when_a_finished_run_is_run_again_or_lost_its_head(
     target: Path, data: Path, tmp_path: Path
 ) -> None:
     config = settings(target, data, tmp_path, validate_every=1)
-    for _ in range(2):
+    for loses_its_head in (False, True, False):
         trainer = Trainer(config)
-        trainer.run()
+        head = trainer.run()
+        assert (head / "config.json").is_file()
+        if loses_its_head:
+            shutil.rmtree(head)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["kind"] == "validation"]
     assert steps == list(range(1, len(trainer.plan) + 1))
+
+
+def test_finished_run_that_is_run_again_leaves_its_head_and_checkpoints_as_they_are(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path)
+    head = Trainer(config).run()
+    (head / "tuning.json").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert Trainer(config).run() == head
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_validation_answers_are_greedy_ones_among_the_first_candidates(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(data, tmp_path / "data")
+    validation = TokenDataset(copy, "validation")
+    first = int(validation.lengths[0])
+    assert len(validation) >= 3
+    tokens = np.lib.format.open_memmap(copy / "validation.tokens.npy", "r+")
+    tokens[:first] = (tokens[:first] + 1) % validation.manifest.vocab_size
+    tokens.flush()
+    one = Trainer(settings(target, copy, tmp_path / "one", validation_samples=1))
+    assert one.answers == [[1]]
+    two = Trainer(settings(target, copy, tmp_path / "two", validation_samples=2))
+    assert sorted(sample for batch in two.answers for sample in batch) == [1, 2]
+    # none of so few candidates is greedy: the first one it is
+    monkeypatch.setattr("griffin_vllm.training.loop.GREEDY_CANDIDATES", 1)
+    assert Trainer(settings(target, copy, tmp_path / "none", validation_samples=1)).answers == [[0]]
 
 
 @pytest.mark.parametrize("features", [None, "features"])
@@ -210,9 +255,8 @@ def test_run_that_is_stopped_and_killed_ends_with_the_weights_of_an_uninterrupte
     # from the start again, the weights would be the same
     assert len(steps_done) == steps_left
     whole = Trainer(settings(target, data, tmp_path / "whole", **changes))
-    expected = weights(whole.run())
-    found = weights(interrupted.output / "head")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    whole.run()
+    assert_same_run(interrupted.output, whole.config.output)
 
 
 # Were the launcher to start one process, or two that know nothing of each other, their losses would agree, too.
@@ -248,12 +292,56 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path,
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'two' / 'head'}\n"
     found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert len(expected) >= 2
     assert found == pytest.approx(expected, rel=1e-3)
     of_two, of_one = (trained(tmp_path / name) for name in ("two", "one"))
     for name, tensor in of_one.items():
         torch.testing.assert_close(of_two[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_run_that_found_no_room_for_its_features_starts_with_fewer_soft_targets_in_the_same_output(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=0))
+    config = settings(target, data, tmp_path / "run", features=str(tmp_path / "features"))
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin_vllm.training.features.shutil", full)
+        with pytest.raises(GriffinError, match="a smaller soft_target_tokens makes it smaller"):
+            Trainer(config)
+    Trainer(config.model_copy(update={"soft_target_tokens": 4}))
+
+
+def test_head_that_is_continued_from_keeps_what_it_recommends_and_the_longest_context_it_was_trained_with(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    first = Trainer(settings(target, data, tmp_path / "first", stages=[{"draft_steps": 1}])).run()
+    start = open_head(first)
+    tuned = start.config.model_copy(
+        update={
+            "num_speculative_tokens": 7,
+            "draft_stop_probability": 0.25,
+            "prompt_lookup_min": 3,
+            "trained_context_length": 4096,
+        }
+    )
+    save_head(tmp_path / "tuned", tuned.to_served(), load_file(start.weights))
+    from_tuned = {"init_from": str(tmp_path / "tuned"), "stages": [{"draft_steps": 1}]}
+    found = open_head(Trainer(settings(target, data, tmp_path / "second", **from_tuned)).run()).config
+    assert (found.num_speculative_tokens, found.draft_stop_probability) == (7, 0.25)
+    assert (found.prompt_lookup_min, found.trained_context_length) == (3, 4096)
+    other = Trainer(settings(target, data, tmp_path / "third", **from_tuned, num_speculative_tokens=2))
+    assert other.head_config.num_speculative_tokens == 2
+    assert len(other.validate().accuracy) == 2
+    save_head(
+        tmp_path / "tuned",
+        tuned.model_copy(update={"trained_context_length": 3}).to_served(),
+        load_file(start.weights),
+    )
+    longest = int(other.train_data.lengths.max())
+    longer = Trainer(settings(target, data, tmp_path / "fourth", **from_tuned))
+    assert longer.head_config.trained_context_length == longest
 
 
 @pytest.mark.parametrize("kind", ["griffin", "eagle"])
@@ -348,9 +436,8 @@ def test_full_disk_ends_the_run_which_goes_on_where_it_was_when_there_is_room(
         with pytest.raises(GriffinError, match=r"cannot be written .* the last good one is .*step-00000002"):
             Trainer(config).run()
         make_room()
-        found = weights(Trainer(config).run())
-    expected = weights(finished / "head")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        Trainer(config).run()
+        assert_same_run(config.output, finished)
 
 
 def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
@@ -374,9 +461,8 @@ def test_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
     with pytest.raises(GriffinError, match=r"step-00000003: is damaged .*remove it to continue from the one"):
         Trainer(config).run()
     shutil.rmtree(latest)
-    found = weights(Trainer(config).run())
-    expected = weights(finished / "head")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    Trainer(config).run()
+    assert_same_run(config.output, finished)
 
 
 def test_run_in_bf16_multiplies_in_bf16_and_learns_the_same(

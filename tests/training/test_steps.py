@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -120,7 +122,7 @@ def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits(
     found = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
     head.zero_grad()
 
-    embeddings, mask = shared.embed_tokens[batch.tokens], AlignmentMask(batch.loss_mask, rule, TOP_K)
+    embeddings, mask = shared.embed_tokens[batch.tokens], AlignmentMask(batch.loss_mask, rule, 3)
     inputs, total = [batch.features], torch.zeros(())
     for step in range(3):
         streams = Streams()
@@ -136,13 +138,53 @@ def test_gradient_of_the_steps_equals_separate_backward_passes_with_full_logits(
         v = torch.nn.functional.smooth_l1_loss(regress, batch.feature_targets, reduction="none").mean(-1)
         total = total + 0.8**step * ((v * learns).sum() / count + 0.1 * p + 0.5 * k)
         top = log_q.topk(TOP_K).indices
-        mask.advance((top == batch.next_tokens[..., None]).any(-1))
+        # where the steps do not ask for it, it is anything
+        anything = torch.rand(learns.shape, generator=torch.Generator().manual_seed(step)) < 0.5
+        mask.advance(torch.where(learns | mask.asks, (top == batch.next_tokens[..., None]).any(-1), anything))
         following = next_stream(inputs[-1], regress)
         inputs.append(following.detach() if detach else following)
     total.backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["reference", "causal"])
+def test_alignment_mask_never_depends_on_a_position_that_it_does_not_ask_for(rule: AlignmentRule) -> None:
+    batch, _ = random_batch(T=20)
+    generator = torch.Generator().manual_seed(0)
+    masks = [AlignmentMask(batch.loss_mask, rule, 4) for _ in range(2)]
+    ignored = 0
+    for _ in range(3):
+        one, other = torch.rand(2, *batch.loss_mask.shape, generator=generator) < 0.7
+        rows = masks[0].learns | masks[0].asks
+        ignored += int((~rows & (one != other)).sum())
+        masks[0].advance(one)
+        masks[1].advance(torch.where(rows, one, other))
+        assert masks[0].learns.any()
+        assert torch.equal(masks[0].learns, masks[1].learns)
+        assert torch.equal(masks[0].asks, masks[1].asks)
+    assert ignored
+
+
+def test_last_draft_step_asks_lm_head_for_no_position_but_those_that_it_learns_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, shared = random_batch()
+    asked: list[tuple[int, int]] = []
+
+    def counted(predict: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        learns = arguments[3]
+        asked.append((len(predict), int(learns.sum())))
+        return token_losses(predict, *arguments, **options)
+
+    monkeypatch.setattr("griffin_vllm.training.steps.token_losses", counted)
+    head = make_head(GriffinHead)
+    steps = DraftSteps(
+        head, shared, alignment="reference", align_top_k=TOP_K, sampled_tokens=None, detach=True
+    )
+    steps(batch, 3, StepWeights(v=1.0, p=0.1, k=0.5, decay=1.0), seed=0)
+    assert [rows > learns for rows, learns in asked] == [True, True, False]
 
 
 def test_sampled_vocabulary_estimates_the_full_cross_entropy() -> None:
