@@ -112,7 +112,8 @@ def may_be_replaced(folder: Path, files: Set[str] = frozenset()) -> bool:
 def atomic_folder(folder: Path, *, keeps: bool = False) -> Iterator[Path]:
     """A staging folder beside ``folder`` that takes its place when the block ends without an error.
 
-    One that is there by then is replaced, or with ``keeps`` left in its place.
+    One that is there by then is replaced, or with ``keeps`` left in its place. Replacing takes two renames: whoever is
+    killed between them leaves the old folder in a hidden one beside (``.NAME.old.*``).
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
