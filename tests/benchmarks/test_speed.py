@@ -287,3 +287,11 @@ def test_the_best_number_of_draft_tokens_comes_from_all_tuning_records(tmp_path:
     for path, some in zip(paths, (rows, deep), strict=True):
         path.write_text(json.dumps({"settings": {}, "results": some}))
     assert speed.best_ks(paths) == {Method("griffin", "h"): 3}
+
+
+def test_each_method_runs_at_its_best_k_alone_and_one_without_a_best_k_is_not_left_out_in_silence() -> None:
+    methods = parse_methods("none,ngram")
+    plain, ngram = speed._plan(methods, [], {Method("ngram"): 5}, "float32")
+    assert (plain.num_speculative_tokens, ngram.num_speculative_tokens) == (0, 5)
+    with pytest.raises(GriffinError, match="--best-k-from: nothing was measured there of ngram"):
+        speed._plan(methods, [], {}, "float32")
