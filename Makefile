@@ -138,7 +138,7 @@ bench-speed: $(REDUCED)/config.json
 	  --methods none,$(BENCH_DEEP) --num-speculative-tokens 5,12 --num-prompts 2 --max-tokens 64 --repeats 1 \
 	  --json $(RESULTS)/speed-tuning-lookup.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_ALONE) --methods none,none,$(BENCH_WHOLE),$(BENCH_DEEP) \
-	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --num-prompts 5 --max-tokens 128 \
+	  --best-k-from $(RESULTS)/speed-tuning.json $(RESULTS)/speed-tuning-lookup.json --num-prompts 5 --max-tokens 96 \
 	  --json $(RESULTS)/speed.json
 	$(MEASURE) benchmarks/speed.py $(BENCH) $(BENCH_ALONE) --num-prompts 5 --max-tokens 64 --temperature 1 \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens 3,12 --json $(RESULTS)/speed-sampled.json
@@ -161,7 +161,7 @@ bench-load: $(INSTALLED) demo-model
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12,tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
-	  --turns 1 --max-tokens 64 --json $(RESULTS)/speed-by-load.json
+	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load.json
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --concurrency 1,4 --num-prompts 8 \
 	  --max-tokens 64 --json $(RESULTS)/speed-served.json

@@ -233,8 +233,8 @@ class HeadConfig(BaseModel):
             raise GriffinError.invalid(path, first) from error
         return config.checked(path)
 
-    def checked(self, path: Path) -> HeadConfig:
-        """This config, unless its sizes (read from ``path``) contradict each other: then GriffinError."""
+    def checked(self, path: str | Path) -> HeadConfig:
+        """This config, unless its sizes (from ``path``) contradict each other: then GriffinError."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise GriffinError.at(
                 path,

@@ -29,14 +29,6 @@ def head_config(config: TrainConfig, target: Any, longest_sample: int, start: He
                 "settings", name, wanted, f"null, or {sizes[name]} as {config.init_from} has it"
             )
         sizes[name] = wanted
-    heads = sizes["num_attention_heads"]
-    if config.num_key_value_heads and heads % config.num_key_value_heads:
-        raise GriffinError.at(
-            "settings",
-            "num_key_value_heads",
-            config.num_key_value_heads,
-            f"a divisor of num_attention_heads={heads} (the target's)",
-        )
     if start is None:
         # above temperature 0 sampled drafts are accepted far more often (benchmarks/README.md)
         sizes["draft_sample_method"] = "probabilistic"
@@ -49,7 +41,7 @@ def head_config(config: TrainConfig, target: Any, longest_sample: int, start: He
     }
     where = Path(config.init_from or config.target)
     try:
-        head = HeadConfig(**sizes | provenance).checked(where)
+        head = HeadConfig(**sizes | provenance).checked("settings" if config.num_key_value_heads else where)
     except ValidationError as error:
         raise GriffinError.invalid(where, error.errors()[0]) from error
     head.check_target(where, target.model_type, target.hidden_size, target.vocab_size)
