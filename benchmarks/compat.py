@@ -41,6 +41,7 @@ BEGIN, END = "<!-- versions: begin (written by `make compat`) -->", "<!-- versio
 VERSIONS = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 # Published for CUDA only.
 SOURCES = ("0.33.0",)
+LOSSLESS = "tests/serving/test_lossless.py"
 SAMPLING = "tests/serving/test_cpu_sampling.py"
 VOCABULARY = "tests/serving/test_draft_vocabulary.py"
 WAYS_IN = "tests/serving/test_ways_in.py"
@@ -50,13 +51,17 @@ COLUMNS = {
     "ways to ask": [
         f"{WAYS_IN}::test_python_keywords",
         f"{WAYS_IN}::test_command_line_flags",
+        f"{WAYS_IN}::test_without_k_the_head_recommends_it_and_a_cpu_drafts_less_for_several_requests",
         f"{WAYS_IN}::test_a_head_alone_brings_its_target",
         f"{WAYS_IN}::test_a_speculative_config_holds_for_a_head_alone",
         f"{WAYS_IN}::test_the_config_survives_the_way_to_the_workers",
         f"{WAYS_IN}::test_what_is_not_griffin_is_as_without_the_plugin",
     ],
     "reference vectors": ["tests/serving/test_reference_vectors.py"],
-    "greedy answers": ["tests/serving/test_lossless.py::test_sixteen_at_once_and_one_at_a_time"],
+    "greedy answers": [
+        f"{LOSSLESS}::test_sixteen_at_once_and_one_at_a_time",
+        f"{LOSSLESS}::test_as_many_drafts_as_suit_the_load",
+    ],
     "draft vocabulary": [
         f"{VOCABULARY}::test_greedy_answers_are_plain_vllms_without_logits_of_the_whole_vocabulary",
         f"{VOCABULARY}::test_drafts_are_those_of_the_whole_vocabularys_logits_where_only_the_part_counts",

@@ -11,7 +11,7 @@ from typing import Any
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import Tuning, read_tuning
+from griffin_vllm.serving.tuning import Tuning, read_tuning, untuned_schedule
 
 # HASS changes how an EAGLE head is trained; what is served is an EAGLE head. `griffin-alone` is a GRIFFIN head whose
 # config asks for prompt lookup, without it.
@@ -23,8 +23,9 @@ VLLM_METHODS = {
     "griffin-alone": "griffin",
 }
 SAMPLERS = ("greedy", "probabilistic")
-# Instead of a number of draft tokens: what `griffin tune` found best at each batch size.
-TUNED = "tuned"
+# Instead of a number of draft tokens: what `griffin tune` found best at each batch size, and what a GRIFFIN head drafts
+# on a CPU without that.
+TUNED, UNTUNED = "tuned", "untuned"
 WITHOUT_HEAD: dict[str, dict[str, Any]] = {
     "none": {},
     "ngram": {"prompt_lookup_min": 2, "prompt_lookup_max": 5},
@@ -62,12 +63,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """One engine: a method with a number of draft tokens (0 for ``none``), measured at ``temperatures``."""
+    """One engine: a method with a number of draft tokens (0 for ``none``; the most where it depends on the load),
+    measured at ``temperatures``."""
 
     method: Method
     num_speculative_tokens: int
     draft_sample_method: str = "greedy"
     tuning: Tuning | None = None
+    untuned: bool = False
     temperatures: tuple[float, ...] = ()
 
     @property
@@ -76,13 +79,15 @@ class Run:
         if config and self.tuning:
             # said nothing else, the plugin takes all of the tuning
             del config["num_speculative_tokens"]
+        if config and self.untuned:
+            config["num_speculative_tokens_per_batch_size"] = untuned_schedule(self.num_speculative_tokens)
         return config
 
     @property
     def label(self) -> str:
         name = self.method.name + (f":{shown(self.method.head)}" if self.method.head else "")
         drafts = f" K={self.num_speculative_tokens}" if self.num_speculative_tokens else ""
-        drafts += " tuned" if self.tuning else ""
+        drafts += f" {TUNED}" if self.tuning else f" {UNTUNED}" if self.untuned else ""
         return (
             name + drafts + ("" if self.draft_sample_method == "greedy" else f" {self.draft_sample_method}")
         )
@@ -106,6 +111,9 @@ class Run:
             fields["prompt_lookup_min"] = config.prompt_lookup_min
         if self.tuning:
             fields["schedule"] = [list(rule) for rule in self.tuning.schedule]
+        if self.untuned:
+            fields["untuned"] = True
+            fields["schedule"] = [list(rule) for rule in untuned_schedule(self.num_speculative_tokens)]
         return fields
 
 
@@ -165,8 +173,8 @@ def parse_methods(text: str) -> list[Method]:
 
 
 def number_of_drafts(text: str) -> int | str:
-    """A number, or the word ``TUNED``."""
-    return TUNED if text == TUNED else int(text)
+    """A number, or one of the words ``TUNED`` and ``UNTUNED``."""
+    return text if text in (TUNED, UNTUNED) else int(text)
 
 
 def draft_sampler(text: str) -> str:
@@ -178,7 +186,7 @@ def draft_sampler(text: str) -> str:
 
 def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list[Run]:
     """Every method at every number of draft tokens, ``none`` once each time that it is named, and GRIFFIN heads
-    also as they are ``TUNED`` for a target in ``dtype``.
+    also as they are ``TUNED`` for a target in ``dtype``, or ``UNTUNED``.
 
     Raises:
         GriffinError: a head has no tuning of this machine, vLLM and dtype, or nothing is asked of a method.
@@ -189,11 +197,15 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list
             planned.append(Run(method, 0))
             continue
         planned += [Run(method, k) for k in ks if isinstance(k, int)]
-        if TUNED in ks and method.name == "griffin":
-            planned.append(_tuned(method, dtype))
-        elif set(ks) == {TUNED}:
+        if method.config and method.name == "griffin":
+            if UNTUNED in ks:
+                planned.append(Run(method, method.config.num_speculative_tokens, untuned=True))
+            if TUNED in ks:
+                planned.append(_tuned(method, dtype))
+        elif not any(isinstance(k, int) for k in ks):
+            asked = ",".join(map(str, ks))
             raise GriffinError.at(
-                "benchmarks", "--num-speculative-tokens", TUNED, f"a number, too, for {method.name}"
+                "benchmarks", "--num-speculative-tokens", asked, f"a number, too, for {method.name}"
             )
     return planned
 

@@ -78,7 +78,8 @@ def parser(
         type=_list_of(number_of_drafts),
         default=[5],
         metavar="K[,K]",
-        help="numbers (default: 5); `tuned`: what `griffin tune` wrote beside a GRIFFIN head",
+        help="numbers (default: 5); `tuned`: what `griffin tune` wrote beside a GRIFFIN head; `untuned`: what such a "
+        "head drafts on a CPU when nothing is said",
     )
     add("--temperature", type=_list_of(float), default=[0.0], metavar="T[,T]", help="default: %(default)s")
     add(

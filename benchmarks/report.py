@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
-from benchmarks.methods import WITHOUT_HEAD, method_name
+from benchmarks.methods import TUNED, UNTUNED, WITHOUT_HEAD, method_name
 from benchmarks.round import table as phases
 from benchmarks.speed import speedup
 from griffin_vllm.errors import GriffinError
@@ -152,7 +152,7 @@ class Source(NamedTuple):
 
 def drafts(row: dict[str, Any]) -> str:
     if "schedule" in row:
-        return "tuned"
+        return UNTUNED if row.get("untuned") else TUNED
     return f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else "")
 
 
@@ -300,7 +300,7 @@ def speed_margins(source: Source) -> list[list[str]]:
             if ratios[0]:
                 names = [
                     named.shown
-                    if named.shown == "none"
+                    if named.shown == "none" or "schedule" in side[0]
                     else f"{named.shown} K={side[0]['num_speculative_tokens']}"
                     for named, side in zip((ours, theirs), sides, strict=True)
                 ]
@@ -335,7 +335,7 @@ class Named(NamedTuple):
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Named:
-        return cls(row.get("head"), method_name(row))
+        return cls(row.get("head"), method_name(row) + (f" {drafts(row)}" if "schedule" in row else ""))
 
     @property
     def is_griffin(self) -> bool:

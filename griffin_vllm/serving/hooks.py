@@ -214,7 +214,7 @@ def _offer_flags(arg_utils: ModuleType) -> None:
                 "type": int,
                 "metavar": "K",
                 "help": "Tokens to draft in each step; without it, what `griffin tune` found, else what the head "
-                "recommends.",
+                "recommends (on a CPU for a request that is alone, less for several).",
             },
         }
         for flag, options in flags.items():

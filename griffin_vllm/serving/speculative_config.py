@@ -36,7 +36,7 @@ from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import exists_here
-from griffin_vllm.serving.tuning import precision, read_tuning, tuning_file
+from griffin_vllm.serving.tuning import precision, read_tuning, tuning_file, untuned_schedule
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -119,7 +119,7 @@ def resolve(
     _check_fit(head, target, parallel)
     check_values(head)
     given = {key: value for key, value in given.items() if value is not None}
-    given = {**_tuned(given, spec_tokens, head, target), **given}
+    given = {**_unsaid(given, spec_tokens, head, target), **given}
     scheduled = [k for _, _, k in given.get(SCHEDULE, [])]
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, scheduled, head, target)
     _warn_of_emulation(target)
@@ -134,12 +134,13 @@ def resolve(
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
 
 
-def _tuned(
+def _unsaid(
     given: Mapping[str, Any], spec_tokens: int | None, head: Head, target: ModelConfig
 ) -> dict[str, Any]:
-    """What `griffin tune` has found for this head on this machine, where the operator says nothing."""
-    said = {"num_speculative_tokens", SCHEDULE, PROMPT_LOOKUP} & given.keys()
-    asked = bool(said) or spec_tokens is not None
+    """How much to draft where the operator does not say it: as `griffin tune` has found for this head on this machine,
+    else on a CPU less the more requests there are."""
+    counts_said = bool({"num_speculative_tokens", SCHEDULE} & given.keys()) or spec_tokens is not None
+    asked = counts_said or PROMPT_LOOKUP in given
     tuning = None if asked else read_tuning(head, precision(target))
     if tuning is not None:
         return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability}
@@ -149,7 +150,13 @@ def _tuned(
         logger.info(
             "%s is not used: %s", path, "the number of drafts or the lookup is given" if asked else other
         )
-    return {}
+    if counts_said or not current_platform.is_cpu():
+        return {}
+    schedule = untuned_schedule(head.config.num_speculative_tokens)
+    logger.info(
+        "%s is %s; `griffin tune` measures what is best on this machine", SCHEDULE, [*map(list, schedule)]
+    )
+    return {SCHEDULE: schedule}
 
 
 def _warn_of_emulation(target: ModelConfig) -> None:

@@ -38,6 +38,7 @@ from griffin_vllm.serving.tune_depth import (
 )
 from griffin_vllm.serving.tuning import (
     Point,
+    Schedule,
     Tuning,
     machine,
     precision,
@@ -237,9 +238,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def choose(points: Sequence[Point]) -> list[tuple[int, int, int]]:
+def choose(points: Sequence[Point]) -> Schedule:
     """The best K for each measured batch size, as ranges; a size in between gets the next larger one's."""
-    schedule: list[tuple[int, int, int]] = []
+    schedule: Schedule = []
     for size in sorted({point.batch_size for point in points}):
         own = {
             point.num_speculative_tokens: predicted_speed(point)
@@ -255,7 +256,7 @@ def choose(points: Sequence[Point]) -> list[tuple[int, int, int]]:
     return schedule
 
 
-def alone_with(k: int, schedule: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def alone_with(k: int, schedule: Schedule) -> Schedule:
     """The schedule with ``k`` drafts for a request that is alone."""
     (_, last, former), *others = schedule
     if k == former:

@@ -36,12 +36,6 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
 from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
 from griffin_vllm.training.chat import ChatTarget
-from griffin_vllm.training.checkpoints import (
-    TrainingState,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
@@ -60,6 +54,12 @@ from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.sizes import head_config
 from griffin_vllm.training.steps import DraftSteps, StepWeights
 from griffin_vllm.training.target import SharedWeights, Target, target_config
+from griffin_vllm.training.training_state import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from griffin_vllm.training.vocabulary import DraftVocabulary, choose, coverage
 
 LOG_EVERY = 10

@@ -12,10 +12,10 @@ from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
-from griffin_vllm.training.checkpoints import latest_checkpoint
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import target_digest
+from griffin_vllm.training.training_state import latest_checkpoint
 
 SETTINGS, INPUTS = "config.json", "inputs.json"
 REMEDY = "name another output folder"

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import records
 from benchmarks.methods import method_name, parse_methods, runs, sampling
 from benchmarks.prompts import read_prompts
+from benchmarks.report import drafts
 from griffin_vllm.checkpoint import TUNING_FILE
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tuning import write_tuning
@@ -169,3 +170,19 @@ def test_a_tuned_head_runs_with_its_schedule_and_an_untuned_one_is_refused(tmp_p
         "model": str(folder),
         "draft_sample_method": "greedy",
     }
+
+
+def test_an_untuned_head_runs_as_a_cpu_serves_it_when_nothing_is_said(tmp_path: Path) -> None:
+    folder = tiny.write_head(tmp_path / "head", tiny.CONFIG.model_copy(update={"num_speculative_tokens": 6}))
+    planned = runs(parse_methods(f"none,griffin:{folder}"), ["untuned"], "float32")
+    [_, untuned] = planned
+    assert untuned.speculative_config == {
+        "method": "griffin",
+        "model": str(folder),
+        "num_speculative_tokens": 6,
+        "num_speculative_tokens_per_batch_size": [(1, 1, 6), (2, 2, 2), (3, 8, 1), (9, 9, 0)],
+        "draft_sample_method": "greedy",
+    }
+    assert drafts(untuned.fields()) == "untuned"
+    with pytest.raises(GriffinError, match=r"untuned.*a number, too, for eagle"):
+        runs(parse_methods("eagle:org/head"), ["untuned"], "float32")

@@ -212,6 +212,32 @@ def test_a_method_that_has_one_k_needs_no_best_one() -> None:
     assert report.speed_margins(source._replace(results=two_ks)) == []
 
 
+def test_a_head_with_one_number_another_schedule_and_a_tuned_one_are_three_methods() -> None:
+    samples = {"conversations": ["a"], "loops": [False], "repeats": [0], "tokens": [[10]]}
+    speeds: list[tuple[str, float, dict[str, Any]]] = [
+        ("none", 4.0, {"speedup": 1.0}),
+        ("griffin", 8.0, {}),
+        ("griffin", 4.0, {"schedule": [], "untuned": True}),
+        ("griffin", 2.0, {"schedule": []}),
+    ]
+    rows = [
+        row(method, 8, dataset="x", **more) | {"samples": samples | {"seconds": [[seconds]]}}
+        for method, seconds, more in speeds
+    ]
+    assert [report.drafts(one) for one in rows[1:]] == ["5", "untuned", "tuned"]
+    lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows, "speed"))[1:]
+    one, untuned, tuned = ("griffin (small) K=5", "griffin (small) untuned", "griffin (small) tuned")
+    ratios = {(line[0], line[1]): float(line[4].split()[0]) for line in lines}
+    assert ratios == {
+        (one, "none"): 0.5,
+        (untuned, "none"): 1.0,
+        (untuned, one): 2.0,
+        (tuned, "none"): 2.0,
+        (tuned, one): 4.0,
+        (tuned, untuned): 2.0,
+    }
+
+
 def test_intervals_of_a_data_set_need_conversations_enough_to_draw_from() -> None:
     measured = row("griffin", 1, speedup=1.5, speedup_ci=[1.0, 2.0])
     for conversations, text in ((2, "1.50"), (5, "1.50 [1.00, 2.00]")):

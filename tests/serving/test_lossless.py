@@ -321,9 +321,20 @@ def test_requests_that_join_and_leave_mid_flight(compare: Compare) -> None:
     compare(ask)
 
 
-def test_tensor_parallel(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("k", [K, None], ids=["a number of drafts", "as many as suit the load"])
+def test_tensor_parallel(compare: Compare, monkeypatch: pytest.MonkeyPatch, k: int | None) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    compare(lambda llm: generate(llm, prompts(4), sampling()), only_speculating={"tensor_parallel_size": 2})
+    lengths = [sampling(max_tokens=6 * i) for i in range(1, 11)]
+    compare(
+        lambda llm: generate(llm, prompts(10), lengths),
+        only_speculating={"tensor_parallel_size": 2, "spec_tokens": k},
+    )
+
+
+def test_as_many_drafts_as_suit_the_load(compare: Compare, drafted: list[tuple[int, int]]) -> None:
+    lengths = [sampling(max_tokens=6 * i) for i in range(1, 11)]
+    compare(lambda llm: generate(llm, prompts(10), lengths), only_speculating={"spec_tokens": None})
+    assert {drafts for _, drafts in drafted} == {0, 1, 2, tiny.CONFIG.num_speculative_tokens}
 
 
 def test_compiled_models(compare: Compare) -> None:

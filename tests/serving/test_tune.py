@@ -24,6 +24,7 @@ from griffin_vllm.serving.tuning import (
     check_writable,
     machine,
     read_tuning,
+    untuned_schedule,
     vllm_version,
     write_tuning,
 )
@@ -385,9 +386,10 @@ def test_the_command_measures_and_the_plugin_uses_what_it_wrote(
     assert configured(speculative_config=nothing) == configured()
     assert configured(spec_tokens=3) == (3, None, 0.0)
     recommended = tiny.CONFIG.num_speculative_tokens
-    assert configured(dtype="bfloat16") == (recommended, None, 0.0)
+    untuned = (recommended, untuned_schedule(recommended), 0.0)
+    assert configured(dtype="bfloat16") == untuned
     # it was measured with the head's own lookup, and another schedule wants another depth
-    assert configured(speculative_config={"prompt_lookup_min": 0}) == (recommended, None, 0.0)
+    assert configured(speculative_config={"prompt_lookup_min": 0}) == untuned
     schedule = [(1, 2, 1), (3, 4, 0)]
     given = {"num_speculative_tokens_per_batch_size": schedule}
     assert configured(speculative_config=given) == (1, schedule, 0.0)

@@ -55,6 +55,7 @@ def configured(**arguments: Any) -> dict[str, Any]:
         "architectures": speculative.draft_model_config.architectures,
         "k": speculative.num_speculative_tokens,
         "draft_sample_method": speculative.draft_sample_method,
+        "schedule": speculative.num_speculative_tokens_per_batch_size,
     }
 
 
@@ -67,6 +68,7 @@ def expected(target: Path, head: Path) -> dict[str, Any]:
         "architectures": [ARCHITECTURE],
         "k": K,
         "draft_sample_method": "greedy",
+        "schedule": None,
     }
 
 
@@ -118,9 +120,26 @@ def test_a_speculative_config_holds_for_a_head_alone(head: Path, expected: dict[
     assert configured(model=str(head), speculative_config={"num_speculative_tokens": K}) == expected
 
 
-def test_without_k_the_head_recommends_it(target: Path, head: Path) -> None:
+def test_without_k_the_head_recommends_it_and_a_cpu_drafts_less_for_several_requests(
+    target: Path, head: Path, expected: dict[str, Any]
+) -> None:
+    recommended = tiny.CONFIG.num_speculative_tokens
+    assert configured(model=str(target), spec_model=f"griffin:{head}") == expected | {
+        "k": recommended,
+        "schedule": [(1, 1, recommended), (2, 2, 2), (3, 8, 1), (9, 9, 0)],
+    }
+    # for every load where that is what the operator wants
+    everywhere = {"num_speculative_tokens_per_batch_size": [[1, 1, K]]}
+    found = configured(model=str(target), spec_model=f"griffin:{head}", speculative_config=everywhere)
+    assert found == expected | {"schedule": [(1, 1, K)]}
+
+
+def test_on_a_mocked_gpu_the_recommended_k_holds_at_every_load(
+    target: Path, head: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative_config, "current_platform", types.SimpleNamespace(is_cpu=lambda: False))
     found = configured(model=str(target), spec_model=f"griffin:{head}")
-    assert found["k"] == tiny.CONFIG.num_speculative_tokens
+    assert found == expected | {"k": tiny.CONFIG.num_speculative_tokens}
 
 
 def test_other_speculative_keys_are_passed_on(target: Path, head: Path, expected: dict[str, Any]) -> None:

@@ -28,15 +28,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head, save_head
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import (
+from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.data import TokenDataset
+from griffin_vllm.training.loop import Trainer
+from griffin_vllm.training.training_state import (
     TrainingState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from griffin_vllm.training.config import TrainConfig
-from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.loop import Trainer
 from tests.full_disk import full_disk, small_disk
 from tests.training.tiny import settings, write_data
 

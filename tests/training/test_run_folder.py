@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from griffin_vllm.checkpoint import Head, open_head, save_head, tensor_shapes
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import TrainingState, save_checkpoint
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.run_folder import claim_output, with_precision
 from griffin_vllm.training.run_log import RunLog
+from griffin_vllm.training.training_state import TrainingState, save_checkpoint
 from tests.full_disk import full_disk
 from tests.training.tiny import HEAD, settings, write_data
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.checkpoints import (
+from griffin_vllm.training.training_state import (
     TrainingState,
     latest_checkpoint,
     load_checkpoint,
