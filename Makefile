@@ -155,12 +155,12 @@ bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
 	  --methods none,$(subst $() ,,$(VOCABULARIES:%=griffin:runs/vocab-%$(comma)))griffin:$(HEADS)/griffin-$(TARGET) \
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
-# With one number at every load, as it is served without tuning, and tuned.
+# As it is served without tuning, and tuned.
 bench-load: $(INSTALLED) demo-model
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
-	  --methods none,griffin:$(TARGET) --num-speculative-tokens 12,untuned,tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
+	  --methods none,griffin:$(TARGET) --num-speculative-tokens untuned,tuned --concurrency 1,2,4,8,16 --num-prompts 16 \
 	  --turns 1 --max-tokens 32 --json $(RESULTS)/speed-by-load.json
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
 	  --served --methods none,griffin:$(TARGET) --num-speculative-tokens 12 --concurrency 1,4 --num-prompts 8 \

@@ -180,7 +180,7 @@ def test_an_untuned_head_runs_as_a_cpu_serves_it_when_nothing_is_said(tmp_path: 
         "method": "griffin",
         "model": str(folder),
         "num_speculative_tokens": 6,
-        "num_speculative_tokens_per_batch_size": [(1, 1, 6), (2, 2, 2), (3, 8, 1), (9, 9, 0)],
+        "num_speculative_tokens_per_batch_size": [(1, 1, 6), (2, 2, 2), (3, 4, 1), (5, 5, 0)],
         "draft_sample_method": "greedy",
     }
     assert drafts(untuned.fields()) == "untuned"
