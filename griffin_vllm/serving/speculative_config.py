@@ -154,7 +154,10 @@ def _unsaid(
         return {}
     schedule = untuned_schedule(head.config.num_speculative_tokens)
     logger.info(
-        "%s is %s; `griffin tune` measures what is best on this machine", SCHEDULE, [*map(list, schedule)]
+        "GRIFFIN drafts less for several requests, as suits a CPU: %s is %s, and still more get as many as the last. "
+        "`griffin tune` measures what is best; a number that is given (--num-speculative-tokens) holds at every load",
+        SCHEDULE,
+        [*map(list, schedule)],
     )
     return {SCHEDULE: schedule}
 
