@@ -11,7 +11,7 @@ from typing import Any
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.config import HeadConfig
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tuning import Tuning, read_tuning, untuned_schedule
+from griffin_vllm.serving.tuning import SCHEDULE, Schedule, Tuning, read_tuning, untuned_schedule
 
 # HASS changes how an EAGLE head is trained; what is served is an EAGLE head. `griffin-alone` is a GRIFFIN head whose
 # config asks for prompt lookup, without it.
@@ -80,8 +80,15 @@ class Run:
             # said nothing else, the plugin takes all of the tuning
             del config["num_speculative_tokens"]
         if config and self.untuned:
-            config["num_speculative_tokens_per_batch_size"] = untuned_schedule(self.num_speculative_tokens)
+            config[SCHEDULE] = self.schedule
         return config
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Where the number of drafts depends on the load."""
+        if self.tuning:
+            return self.tuning.schedule
+        return untuned_schedule(self.num_speculative_tokens) if self.untuned else None
 
     @property
     def label(self) -> str:
@@ -109,11 +116,10 @@ class Run:
             fields["draft_stop_probability"] = depth.draft_stop_probability
         if config and config.prompt_lookup_min and self.method.name == "griffin":
             fields["prompt_lookup_min"] = config.prompt_lookup_min
-        if self.tuning:
-            fields["schedule"] = [list(rule) for rule in self.tuning.schedule]
+        if self.schedule:
+            fields["schedule"] = [list(rule) for rule in self.schedule]
         if self.untuned:
             fields["untuned"] = True
-            fields["schedule"] = [list(rule) for rule in untuned_schedule(self.num_speculative_tokens)]
         return fields
 
 

@@ -329,7 +329,7 @@ def _rows(
             "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
             "samples": columns(by_repeat),
         }
-        if best.get(named(run.method)) == run.num_speculative_tokens and not (run.tuning or run.untuned):
+        if best.get(named(run.method)) == run.num_speculative_tokens and not run.schedule:
             row["best_k"] = True
         if cell.engine == baseline:
             row["speedup"] = 1.0

@@ -36,7 +36,7 @@ from griffin_vllm.config import METHOD
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import exists_here
-from griffin_vllm.serving.tuning import precision, read_tuning, tuning_file, untuned_schedule
+from griffin_vllm.serving.tuning import SCHEDULE, precision, read_tuning, tuning_file, untuned_schedule
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -48,7 +48,6 @@ logger = init_logger(f"vllm.{__name__}")
 MAX_SPECULATIVE_TOKENS = 128
 
 STOP_PROBABILITY, PROMPT_LOOKUP = "draft_stop_probability", "prompt_lookup_min"
-SCHEDULE = "num_speculative_tokens_per_batch_size"
 # What is not vLLM's (or not with method `eagle`) and goes into the head's config on its way to the workers.
 HEAD_SETTINGS = (STOP_PROBABILITY, PROMPT_LOOKUP)
 # Keys of vLLM's speculative config that mean something for a GRIFFIN head and are passed on as they are.

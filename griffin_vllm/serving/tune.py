@@ -37,6 +37,7 @@ from griffin_vllm.serving.tune_depth import (
     record_chains,
 )
 from griffin_vllm.serving.tuning import (
+    SCHEDULE,
     Point,
     Schedule,
     Tuning,
@@ -332,7 +333,7 @@ def _engine(
         "method": METHOD,
         "model": str(head.folder),
         "num_speculative_tokens": max_k,
-        "num_speculative_tokens_per_batch_size": [(1, max_batch, max_k)],
+        SCHEDULE: [(1, max_batch, max_k)],
     }
     if arguments.create_engine_config().use_v2_model_runner:
         raise GriffinError(

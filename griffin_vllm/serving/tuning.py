@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Names the file instead, where the head's folder cannot be written, say.
 TUNING_VARIABLE = "GRIFFIN_TUNING"
 
-# vLLM's ``num_speculative_tokens_per_batch_size``: [smallest batch, largest batch, draft tokens].
+# The key of vLLM's speculative config, and its value: [smallest batch, largest batch, draft tokens] each.
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 Schedule = list[tuple[int, int, int]]
 
 
@@ -58,7 +59,7 @@ class Tuning(BaseModel):
         """The keys of vLLM's speculative config that this tuning sets."""
         found: dict[str, Any] = {"num_speculative_tokens": self.num_speculative_tokens}
         if {k for _, _, k in self.schedule} != {self.num_speculative_tokens}:
-            found["num_speculative_tokens_per_batch_size"] = self.schedule
+            found[SCHEDULE] = self.schedule
         return found
 
 
@@ -66,8 +67,8 @@ def untuned_schedule(k: int) -> Schedule:
     """What a CPU drafts until `griffin tune` has measured it, with ``k`` drafts for a request that is alone.
 
     Several requests share a target pass, whose products are then no longer nearly free: each draft soon costs more than
-    it gives. Of six tunings of the demo target (AVX2 and AVX-512, float32 and bfloat16) all gained with this up to four
-    requests, and most with none beyond.
+    it gives. Of six tunings of the demo target (``benchmarks/results/tuning.json`` and its history; AVX2 and AVX-512,
+    float32 and bfloat16) all gained with this up to four requests, and most with none beyond.
     """
     return [(1, 1, k), (2, 2, min(k, 2)), (3, 4, 1), (5, 5, 0)]
 
