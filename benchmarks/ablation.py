@@ -28,15 +28,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
-from griffin_vllm.checkpoint import find_head, open_head
+from griffin_vllm.checkpoint import Head, find_head, open_head
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.training.attention import dense_stream_attention, visible_positions
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
 from griffin_vllm.training.loop import Trainer
-from griffin_vllm.training.run_folder import claim_output, with_precision
+from griffin_vllm.training.run_folder import claim_output, input_digests, with_precision
 from griffin_vllm.training.simulate import Acceptance
 
 
@@ -196,8 +197,7 @@ def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
     overrides = {**variant.settings, "output": str(output), "seed": seed}
     settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
     if (output / "head").is_dir():
-        start = open_head(find_head(settings.init_from), settings.head_name) if settings.init_from else None
-        claim_output(with_precision(settings, torch.device("cpu")), start)
+        claim_output(with_precision(settings, torch.device("cpu")), _start(settings))
     else:
         variant.trainer(settings).run()
     last = [row for row in records.read_lines(output / "log.jsonl") if row["kind"] == "validation"][-1]
@@ -211,10 +211,27 @@ def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
 
 
 def settings_of(config: Path) -> dict[str, Any]:
-    """The common settings, without the folders of this machine."""
+    """The common settings; for the folders of this machine the digests of what is in them.
+
+    Raises:
+        GriffinError: something cannot be read, or the data have nothing to validate on.
+    """
+    settings = with_precision(TrainConfig.load(config, ["--output", "ablation"]), torch.device("cpu"))
+    if not len(TokenDataset(settings.data, "validation")):
+        raise GriffinError.at(
+            settings.data, "validation samples", 0, "1 or more, which the variants are judged by"
+        )
     folders = {"target", "data", "features", "output", "target_name", "init_from"}
-    settings = TrainConfig.load(config, ["--output", "ablation"]).model_dump(mode="json", exclude=folders)
-    return {**settings, "torch": torch.__version__}
+    return {
+        **settings.model_dump(mode="json", exclude=folders),
+        "inputs": input_digests(settings, _start(settings)),
+        "torch": torch.__version__,
+    }
+
+
+def _start(settings: TrainConfig) -> Head | None:
+    """The head of ``init_from``."""
+    return open_head(find_head(settings.init_from), settings.head_name) if settings.init_from else None
 
 
 def table(runs: list[dict[str, Any]]) -> Table:

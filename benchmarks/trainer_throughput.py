@@ -3,9 +3,9 @@
 Both sides train the same head (the target's sizes) with three draft steps on the same features, in bf16
 autocast where the CPU multiplies in bf16 (else in float32), in a process each, taking turns. The features are
 cached; with ``--target-in-loop`` the target computes them (and, for our side, its top-32 distributions) anew for
-every batch. Ours is ``DraftSteps`` with its default settings. The reference is its own model class from a checkout
-that you name, in a loop that computes the losses as its training script does: every position, the whole
-vocabulary, one backward pass a step.
+every batch. Ours is ``DraftSteps`` without an alignment mask, its draft distributions normalised over sampled
+tokens (``--sampled-tokens``). The reference is its own model class from a checkout that you name, in a loop that
+computes the losses as its training script does: every position, the whole vocabulary, one backward pass a step.
 
     python benchmarks/trainer_throughput.py --target models/smollm2-135m-instruct --reference ../GRIFFIN
 """

@@ -6,11 +6,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from benchmarks import records
 from benchmarks.engines import Answer
 from benchmarks.prompts import PromptSet
 from griffin_vllm.files import write_whole
+from griffin_vllm.training.features import target_digest
 
 
 class Trajectory:
@@ -23,6 +25,7 @@ class Trajectory:
         self.path = args.json.with_suffix(".trajectory.json")
         self.key = {
             "target": records.shown(args.target),
+            "target_weights": target_digest(Path(args.target)),
             "dtype": args.dtype,
             "max_tokens": args.max_tokens,
             "max_model_len": args.max_model_len,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from griffin_vllm.config import METHOD, HeadConfig, HeadName
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import atomic_folder, read_json
+from griffin_vllm.files import atomic_folder, exists_here, read_json
 
 CONFIG_FILE = "config.json"
 # What `griffin tune` writes beside a head; vLLM never reads it.
@@ -79,7 +79,7 @@ def tensor_shapes(config: HeadConfig, name: HeadName = "griffin") -> dict[str, t
         shapes["layers.0.self_attn.q_proj.bias"] = (q,)
         shapes["layers.0.self_attn.k_proj.bias"] = (kv,)
         shapes["layers.0.self_attn.v_proj.bias"] = (kv,)
-    if config.draft_vocab_size < config.vocab_size:
+    if not config.drafts_all_tokens:
         shapes[DRAFT_TO_TARGET] = (config.draft_vocab_size,)
         shapes[TARGET_TO_DRAFT] = (config.vocab_size,)
     return shapes
@@ -177,6 +177,28 @@ def open_head(folder: Path, name: HeadName = "griffin") -> Head:
     return head
 
 
+def read_target_config(target: str, *, download: bool) -> dict[str, Any]:
+    """The ``config.json`` of a target, a folder or Hub id; empty where it is not on this machine and nothing may be
+    downloaded.
+
+    Raises:
+        GriffinError: there is no such target, or its config cannot be read.
+    """
+    if exists_here(target):
+        return read_json(Path(target) / CONFIG_FILE)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(target, CONFIG_FILE, local_files_only=not download)
+    except Exception as error:  # offline, no such repository, no access: the client has one class for each
+        if not download:
+            return {}
+        raise GriffinError(
+            f"{target}: is no folder and not on the Hub ({GriffinError.reason(error)})"
+        ) from error
+    return read_json(Path(path))
+
+
 def is_griffin_head(folder: Path) -> bool:
     """Whether ``folder`` is a GRIFFIN head, by its config or its tensor names; False for anything else."""
     try:
@@ -232,7 +254,7 @@ def weights_digest(*files: Path) -> str:
 
 def draft_vocabulary(head: Head) -> torch.Tensor | None:
     """Target ids (draft_vocab_size,) int64, ascending, of the tokens that ``head`` drafts; None: all."""
-    if head.config.draft_vocab_size == head.config.vocab_size:
+    if head.config.drafts_all_tokens:
         return None
     offsets = load_tensors(head.weights, [DRAFT_TO_TARGET])[DRAFT_TO_TARGET].long()
     return offsets + torch.arange(len(offsets))

@@ -97,7 +97,10 @@ def data_prepare(
     out: Annotated[Path, typer.Option(help="Folder to write; an old one is replaced when all went well.")],
     max_length: Annotated[int, typer.Option(help="Tokens a sample; what is longer is cut.")] = 2048,
     validation: Annotated[
-        float, typer.Option(help="Share of conversations held out, chosen by a hash of their id.")
+        float,
+        typer.Option(
+            help="Share of conversations held out, by a hash of their id (of the first question where ids are numbers)."
+        ),
     ] = 0.02,
     loops: Annotated[
         str,
@@ -281,10 +284,11 @@ def convert_head(
     Example: griffin convert runs/head/head heads/8k --draft-vocab 8192 --corpus answers.jsonl
     --target models/smollm2-135m-instruct
     """
-    from griffin_vllm.checkpoint import find_head, open_head
-    from griffin_vllm.convert import check_destination, convert
+    from griffin_vllm.checkpoint import find_head
+    from griffin_vllm.convert import check_destination, convert, open_for
 
     folder = find_head(source)
+    head, target_config = open_for(folder, target)
     check_destination(destination)
     vocabulary = None
     if (draft_vocab is None) != (corpus is None):
@@ -292,15 +296,17 @@ def convert_head(
     if draft_vocab is not None and corpus is not None:
         from griffin_vllm.training.vocabulary import choose_from_corpus
 
-        named = target or open_head(folder).config.target
+        named = target or head.config.target
         if named is None:
             raise GriffinError(
                 f"{folder}: names no target, whose tokenizer --draft-vocab needs; give --target"
             )
         vocabulary, covered = choose_from_corpus(corpus, named, draft_vocab)
         typer.echo(f"{draft_vocab} tokens cover {covered:.2%} of the answers in {', '.join(corpus)}")
-    head = convert(folder, destination, target, vocabulary)
-    typer.echo(f"{head.folder}: written")
+    written = convert(folder, destination, target, vocabulary)
+    if not target_config and (unseen := target or head.config.target):
+        typer.echo(f"{unseen}: is not on this machine, so it was not checked that the head fits it")
+    typer.echo(f"{written.folder}: written")
 
 
 @app.command("inspect")

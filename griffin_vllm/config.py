@@ -79,6 +79,11 @@ class HeadConfig(BaseModel):
         description="tokens of context beyond which a request gets no drafts; None: it always gets them",
     )
 
+    @property
+    def drafts_all_tokens(self) -> bool:
+        """Whether it has no draft vocabulary of its own."""
+        return self.draft_vocab_size == self.vocab_size
+
     @classmethod
     def read(cls, path: Path) -> HeadConfig:
         """Read ``path`` (a ``config.json`` of either layout).
@@ -283,8 +288,19 @@ def _rope_theta(layer: dict[str, Any], path: Path) -> float:
     parameters = layer.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise GriffinError.at(path, "rope_parameters", parameters, "an object")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if scaling is not None or kind != "default":
-        raise GriffinError.at(path, "rope_scaling", scaling or kind, "null (scaled rotary is not supported)")
+    if isinstance(scaling, dict) and _rope_type(scaling) == "default":
+        scaling = None
+    if scaling is not None or _rope_type(parameters) != "default":
+        found = scaling or _rope_type(parameters)
+        raise GriffinError.at(path, "rope_scaling", found, "null (scaled rotary is not supported)")
+    partial = parameters.get("partial_rotary_factor", layer.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise GriffinError.at(
+            path, "partial_rotary_factor", partial, "1 (all of a head's dimensions are rotated)"
+        )
     theta = parameters.get("rope_theta", layer.get("rope_theta"))
     return 10000.0 if theta is None else theta
+
+
+def _rope_type(parameters: dict[str, Any]) -> Any:
+    return parameters.get("rope_type", parameters.get("type", "default"))

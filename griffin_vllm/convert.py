@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from griffin_vllm.checkpoint import (
     CONFIG_FILE,
@@ -20,11 +18,12 @@ from griffin_vllm.checkpoint import (
     draft_vocabulary_tensors,
     load_tensors,
     open_head,
+    read_target_config,
     save_head,
 )
 from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import atomic_folder, exists_here, may_be_replaced, read_json
+from griffin_vllm.files import atomic_folder, may_be_replaced, read_json
 
 _REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, "README.md"}
 
@@ -46,12 +45,8 @@ def convert(
         GriffinError: ``source`` is not a GRIFFIN head, or one for a target of another family or other sizes, or
             ``destination`` holds something else than a head, or cannot be written.
     """
-    head = open_head(source)
+    head, target_config = open_for(source, target)
     check_destination(destination)
-    named = target or head.config.target
-    target_config = _config_here(named) if named else {}
-    if named and target_config:
-        head.config.check_target(source / CONFIG_FILE, *target_sizes(target_config, named))
     tensors = load_tensors(head.weights)
     tensors.pop(EMBEDDINGS, None)
     changes: dict[str, object] = {"target": target} if target else {}
@@ -64,6 +59,21 @@ def convert(
     return open_head(destination)
 
 
+def open_for(source: Path, target: str | None) -> tuple[Head, dict[str, Any]]:
+    """The head in ``source``, and the config of ``target`` or else of the target that it names (empty where this
+    machine has none).
+
+    Raises:
+        GriffinError: it is not a GRIFFIN head, or does not fit that target.
+    """
+    head = open_head(source)
+    named = target or head.config.target
+    target_config = read_target_config(named, download=False) if named else {}
+    if named and target_config:
+        head.config.check_target(source / CONFIG_FILE, *target_sizes(target_config, named))
+    return head, target_config
+
+
 def check_destination(folder: Path) -> None:
     """Raise GriffinError unless ``folder`` is new, or holds a head and nothing else: then it may be replaced."""
     if not may_be_replaced(folder, _REPLACED):
@@ -74,18 +84,6 @@ def check_destination(folder: Path) -> None:
             f"{folder}{f' with {more[0]}' if more else ''}",
             "a new folder, or one with nothing but a head to replace",
         )
-
-
-def _config_here(target: str) -> dict[str, Any]:
-    """The target's config, empty where it is not on this machine."""
-    path = Path(target) / CONFIG_FILE
-    if not exists_here(target):
-        try:
-            cached = try_to_load_from_cache(target, CONFIG_FILE)
-        except HFValidationError:  # not a Hub id either
-            cached = None
-        path = Path(cached) if isinstance(cached, str) else path
-    return read_json(path) if exists_here(str(path)) else {}
 
 
 def cached_served_layout(head: Head, cache: Path) -> Path:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from griffin_vllm.checkpoint import CONFIG_FILE, DRAFT_TO_TARGET, TARGET_TO_DRAFT, Head, tensor_shapes
+from griffin_vllm.checkpoint import (
+    CONFIG_FILE,
+    DRAFT_TO_TARGET,
+    TARGET_TO_DRAFT,
+    Head,
+    read_target_config,
+    tensor_shapes,
+)
 from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import exists_here, read_json
 
 
 def describe(head: Head) -> dict[str, Any]:
@@ -35,24 +40,9 @@ def misfit(head: Head, target: str) -> str | None:
     Raises:
         GriffinError: there is no such target.
     """
-    sizes = target_sizes(_target_config(target), target)
+    sizes = target_sizes(read_target_config(target, download=True), target)
     try:
         head.config.check_target(head.folder / CONFIG_FILE, *sizes)
     except GriffinError as error:
         return str(error)
     return None
-
-
-def _target_config(target: str) -> dict[str, Any]:
-    if exists_here(target):
-        return read_json(Path(target) / CONFIG_FILE)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return read_json(Path(hf_hub_download(target, CONFIG_FILE)))
-    except GriffinError:
-        raise
-    except Exception as error:  # offline, no such repository, no access: the client has one class for each
-        raise GriffinError(
-            f"{target}: is no folder and not on the Hub ({GriffinError.reason(error)})"
-        ) from error

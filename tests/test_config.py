@@ -74,6 +74,16 @@ def test_a_qwen2_reference_head_keeps_its_biases_and_rotary_base(tmp_path: Path)
     assert config.rope_theta == 1000000.0
 
 
+@pytest.mark.parametrize(
+    "rotary",
+    [{"rope_scaling": {"rope_type": "default"}}, {"rope_parameters": {"partial_rotary_factor": 1.0}}],
+)
+def test_rotary_settings_that_ask_for_nothing_are_read(tmp_path: Path, rotary: dict[str, Any]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(REFERENCE | {"rope_theta": 500.0} | rotary))
+    assert HeadConfig.read(path).rope_theta == 500.0
+
+
 def test_the_served_layout_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert not [
         name for name, field in HeadConfig.model_fields.items() if getattr(HEAD, name) == field.default
@@ -136,6 +146,10 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
     "scaled rotary, old key in the new place": (
         REFERENCE | {"rope_parameters": {"type": "dynamic"}},
         "rope_scaling is 'dynamic', expected null",
+    ),
+    "rotary of a part of each head": (
+        REFERENCE | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor is 0.5, expected 1",
     ),
     "rotary base as text": (REFERENCE | {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
     "infinite rotary base": (REFERENCE | {"rope_theta": float("inf")}, "rope_theta is inf"),

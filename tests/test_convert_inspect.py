@@ -291,6 +291,22 @@ def test_inspect_refuses_a_draft_vocabulary_outside_the_targets(chat_head: Path,
     assert f"a target id in d2t is {size + 1}" in output
 
 
+@pytest.mark.parametrize(
+    ("size", "message"), [(100_000, "size is 100000"), (40, "hidden_size is 64, expected 32")]
+)
+def test_convert_reads_no_corpus_for_a_vocabulary_or_a_head_that_cannot_be(
+    chat_head: Path, chat_target: Path, tmp_path: Path, size: int, message: str
+) -> None:
+    if size == 40:
+        config = json.loads((chat_target / "config.json").read_text())
+        (chat_target / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    status, output = run(
+        "convert", chat_head, tmp_path / "out", "--draft-vocab", size, "--corpus", tmp_path / "none.jsonl"
+    )
+    assert status == 2
+    assert message in output
+
+
 @pytest.mark.parametrize("size", [3, 100_000])
 def test_convert_refuses_draft_vocabularies_that_cannot_be(
     chat_head: Path, corpus: Path, tmp_path: Path, size: int

@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib
 import sys
 from types import ModuleType
@@ -167,6 +168,23 @@ def _accept_griffin(arg_utils: ModuleType) -> None:
     engine_args.create_speculative_config = create_speculative_config
 
 
+def _tell_heads_apart(speculative: ModuleType) -> None:
+    config = speculative.SpeculativeConfig
+    original = config.compute_hash
+    if hasattr(original, "griffin"):
+        return
+
+    @functools.wraps(original)
+    def compute_hash(self: SpeculativeConfig) -> str:
+        draft = self.draft_model_config
+        if draft is None or ARCHITECTURE not in draft.architectures:
+            return str(original(self))
+        return hashlib.sha256(f"{original(self)} {draft.compute_hash()}".encode()).hexdigest()
+
+    compute_hash.griffin = True  # type: ignore[attr-defined]
+    config.compute_hash = compute_hash
+
+
 def _ask_for_a_target(arg_utils: ModuleType) -> None:
     engine_args = arg_utils.EngineArgs
     original = engine_args.create_model_config
@@ -309,6 +327,13 @@ TOUCH_POINTS = (
             "EngineArgs.spec_model",
             "EngineArgs.spec_tokens",
         ),
+    ),
+    TouchPoint(
+        "vllm.config.speculative",
+        "SpeculativeConfig.compute_hash",
+        "names compiled graphs; until 0.30 it leaves an EAGLE-like head out, so one head would get another's",
+        _tell_heads_apart,
+        ("SpeculativeConfig.compute_hash",),
     ),
     TouchPoint(
         "vllm.engine.arg_utils",

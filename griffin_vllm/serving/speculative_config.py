@@ -103,11 +103,12 @@ def resolve(
         GriffinError: GRIFFIN is asked for in a way that cannot work, or with a head that does not fit.
     """
     given = {key.replace("-", "_"): value for key, value in (speculative_config or {}).items()}
-    method = _only_one("method", given.pop("method", None), spec_method)
-    model = _only_one("model", given.pop("model", None), spec_model)
-    if not asks_for_griffin(method, model):
-        _refuse_head_under_other_name(method, model)
+    methods, models = (given.pop("method", None), spec_method), (given.pop("model", None), spec_model)
+    if not any(map(asks_for_griffin, methods, models)):
+        for model in models:
+            _refuse_head_under_other_name(methods[0] or methods[1], model)
         return None
+    method, model = _only_one("method", *methods), _only_one("model", *models)
     if method not in (None, METHOD):
         raise GriffinError(f"speculative_config: method is {method!r}, expected {METHOD!r} for {model!r}")
     if not isinstance(model, str):
@@ -127,7 +128,7 @@ def resolve(
     passed_on |= {key: given[key] for key in HEAD_SETTINGS if key in given}
     if not given.get("use_local_argmax_reduction"):
         passed_on.setdefault("draft_sample_method", head.config.draft_sample_method)
-    if head.config.draft_vocab_size < head.config.vocab_size and not _samples_drafts(passed_on):
+    if not head.config.drafts_all_tokens and not _samples_drafts(passed_on):
         # How vLLM's V2 runner is asked to let the model choose greedy drafts; it refuses that for sampled ones.
         passed_on.setdefault("use_local_argmax_reduction", True)
     return {"method": "eagle", "model": str(folder), "num_speculative_tokens": k, **passed_on}
@@ -275,7 +276,7 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
     # A multimodal target's own model type is never one of the families, its text model's may be.
     config.check_target(where, target.hf_config.model_type, target.get_hidden_size(), target.get_vocab_size())
     quantization = getattr(target.hf_config, "quantization_config", None) or {}
-    if config.draft_vocab_size < config.vocab_size and quantization.get("lm_head"):
+    if not config.drafts_all_tokens and quantization.get("lm_head"):
         raise GriffinError.at(
             target.model,
             "quantization_config.lm_head",

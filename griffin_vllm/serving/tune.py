@@ -20,7 +20,6 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pydantic import ValidationError
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -30,6 +29,7 @@ from griffin_vllm.config import METHOD
 from griffin_vllm.describe import misfit
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune_depth import (
+    LEAST_SPEEDUP,
     chains,
     choose_depth,
     draft_as_served,
@@ -48,13 +48,13 @@ from griffin_vllm.serving.tuning import (
 )
 
 if TYPE_CHECKING:
+    from vllm import EngineArgs
     from vllm.config import ModelConfig
     from vllm.v1.engine.llm_engine import LLMEngine
 
-# Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
-# slower server, the gain that is given up is small.
-LEAST_SPEEDUP = 1.03
 PASSES = 3
+# By batch size and K the passes, and of each pass the rounds: seconds, and tokens emitted of each request.
+Rounds = dict[tuple[int, int], list[list[tuple[float, list[int]]]]]
 # A larger K is worth measuring while the ones before it are at least so fast, compared with the best.
 GIVE_UP = 0.85
 # Tokens of a block of the KV cache, at most: vLLM's choice on CPU.
@@ -116,20 +116,21 @@ def tune(
             draft_to_the_end(engine)
             alone = measure(engine, drafts, rendered, [1], max_k, tokens)
             _, _, k_alone = choose(alone)[0]
-        if k_alone:
             drafts.set(max_k)
             found = []
             if record_chains(engine):
                 found = [
                     one for prompt in rendered for one in chains(engine, decode(engine, [prompt], tokens))
                 ]
-            k_alone, stop_probability = choose_depth(found, alone, k_alone)
+            depth = choose_depth(found, alone, k_alone)
+            if depth.num_speculative_tokens:
+                k_alone, stop_probability = depth
         draft_as_served(engine, stop_probability)
         several = sorted(set(batch_sizes) - {1})
         together = measure(engine, drafts, rendered, several, max_k, tokens, GIVE_UP) if several else []
     points = [*alone, *together]
     schedule = choose(points)
-    if k_alone:
+    if alone:
         schedule = alone_with(k_alone, schedule)
     return Tuning(
         machine=machine(),
@@ -159,7 +160,7 @@ def measure(
     A chain's acceptance at a position does not depend on how many drafts follow: tau(K) is 1 + the sum of the first K
     shares of positions accepted, each over all rounds, of all batch sizes, that drafted so far.
     """
-    rounds: dict[tuple[int, int], list[list[tuple[float, list[int]]]]] = {}
+    rounds: Rounds = {}
 
     def measure_once(size: int, k: int) -> None:
         passes = rounds.setdefault((size, k), [])
@@ -188,17 +189,7 @@ def measure(
     again = [one for turn in range(1, PASSES) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
     for size, k in track(again, f"{_title(batch_sizes)}, again"):
         measure_once(size, k)
-    shares = []
-    for position in range(1, max(k for _, k in rounds) + 1):
-        counts = [
-            count
-            for (_, k), passes in rounds.items()
-            if k >= position
-            for taken in passes
-            for _, emitted in taken
-            for count in emitted
-        ]
-        shares.append(sum(count > position for count in counts) / len(counts))
+    shares = _acceptance_shares(rounds)
     return [
         Point(
             batch_size=size,
@@ -210,6 +201,22 @@ def measure(
         )
         for (size, k), passes in rounds.items()
     ]
+
+
+def _acceptance_shares(rounds: Rounds) -> list[float]:
+    """Of each position, how often its draft was accepted."""
+    shares = []
+    for position in range(1, max(k for _, k in rounds) + 1):
+        counts = [
+            count
+            for (_, k), passes in rounds.items()
+            if k >= position
+            for taken in passes
+            for _, emitted in taken
+            for count in emitted
+        ]
+        shares.append(sum(count > position for count in counts) / len(counts))
+    return shares
 
 
 def _title(batch_sizes: Sequence[int]) -> str:
@@ -294,11 +301,36 @@ def _engine(
     # the scheduler, whose number of drafts is changed, must be in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import EngineArgs
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    try:
+        arguments = _engine_arguments(target, head, max_k, max_batch, length, options)
+        uses_v2 = arguments.create_engine_config().use_v2_model_runner
+    except GriffinError:
+        raise
+    except ValueError as error:
+        raise GriffinError(f"griffin tune: {GriffinError.reason(error)}") from error
+    if uses_v2:
+        raise GriffinError(
+            "griffin tune: measures what the V1 model runner does, and this vLLM takes its V2 runner here; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, also to serve"
+        )
+    engine = LLMEngine.from_engine_args(arguments)
+    try:
+        yield engine
+    finally:
+        engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def _engine_arguments(
+    target: str, head: Head, max_k: int, max_batch: int, length: int, options: Sequence[str]
+) -> EngineArgs:
+    """Of an engine for ``max_batch`` requests of ``length`` tokens; ValueError if vLLM refuses one of ``options``."""
+    from vllm import EngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     def refuse(message: str) -> NoReturn:
         raise GriffinError(f"griffin tune: {message} (what it does not know itself goes to vLLM)")
@@ -312,10 +344,7 @@ def _engine(
         # As behind `vllm serve`: a worker of its own, whose threads are bound to all cores but the scheduler's.
         # In this process the model would have every core, and two cores verify at half the price of one.
         arguments.distributed_executor_backend = "mp"
-    try:
-        model_config = arguments.create_model_config()
-    except ValidationError as error:
-        raise GriffinError(f"griffin tune: {GriffinError.reason(error)}") from error
+    model_config = arguments.create_model_config()
     if model_config.max_model_len < length:
         raise GriffinError.at(
             "griffin tune",
@@ -335,17 +364,7 @@ def _engine(
         "num_speculative_tokens": max_k,
         SCHEDULE: [(1, max_batch, max_k)],
     }
-    if arguments.create_engine_config().use_v2_model_runner:
-        raise GriffinError(
-            "griffin tune: measures what the V1 model runner does, and this vLLM takes its V2 runner here; set "
-            "VLLM_USE_V2_MODEL_RUNNER=0, also to serve"
-        )
-    engine = LLMEngine.from_engine_args(arguments)
-    try:
-        yield engine
-    finally:
-        engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+    return arguments
 
 
 def _cache_bytes(target: ModelConfig, head: Head) -> int:

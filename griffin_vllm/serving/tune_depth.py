@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 THRESHOLDS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7)
+# Speculation must promise this much over plain decoding, or it is left off: the cost of being wrong is a
+# slower server, the gain that is given up is small.
+LEAST_SPEEDUP = 1.03
 # Worth a second thing that can go wrong; less is within the error of the costs.
 LEAST_GAIN = 1.01
 
@@ -44,7 +47,8 @@ class Depth(NamedTuple):
 
 
 def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) -> Depth:
-    """The fastest depth for one request at a time; ``static`` without a threshold where none is worth it.
+    """The fastest depth for one request at a time; ``static`` (0: plain decoding) without a threshold where none is
+    worth it.
 
     ``points`` are those of one request at a time. A round's cost is taken as linear in its drafts, since the
     noise of single costs would decide otherwise; drafts that were looked up cost their verification only.
@@ -70,8 +74,12 @@ def choose_depth(chains: Sequence[Chain], points: Sequence[Point], static: int) 
         return tokens / cost
 
     depths = [Depth(point.num_speculative_tokens, t) for point in drafting for t in THRESHOLDS]
-    best, plain = max(depths, key=speed), Depth(static, 0.0)
-    return best if speed(best) >= LEAST_GAIN * speed(plain) else plain
+    best, fixed = max(depths, key=speed), Depth(static, 0.0)
+    if static:
+        enough = LEAST_GAIN * speed(fixed)
+    else:
+        enough = LEAST_SPEEDUP / next(point.step_ms for point in points if not point.num_speculative_tokens)
+    return best if speed(best) >= enough else fixed
 
 
 def drafts_made(chain: Chain, depth: Depth) -> int:

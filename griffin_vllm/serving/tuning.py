@@ -10,7 +10,16 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from griffin_vllm.checkpoint import TUNING_FILE, Head, weights_digest
 from griffin_vllm.errors import GriffinError
@@ -40,8 +49,7 @@ class Point(BaseModel):
 
 class Tuning(BaseModel):
     """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``;
-    ``draft_stop_probability`` takes the place of the head's own; ``precision`` is the target's (:func:`precision`),
-    empty in tunings that are older than this field."""
+    ``draft_stop_probability`` takes the place of the head's own; ``precision`` is the target's (:func:`precision`)."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,11 +57,24 @@ class Tuning(BaseModel):
     vllm: str
     target: str
     weights: str
-    precision: str = ""
+    precision: str
     points: list[Point]
     num_speculative_tokens: PositiveInt
     schedule: Schedule
     draft_stop_probability: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _schedule_can_be(self) -> Tuning:
+        """As vLLM's scheduler wants it, which would look at it when the model has been loaded."""
+        from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
+
+        validate_and_normalize_dynamic_sd_schedule(list(self.schedule))
+        most = max(k for _, _, k in self.schedule)
+        if most > self.num_speculative_tokens:
+            raise ValueError(
+                f"its schedule has {most} draft tokens, its num_speculative_tokens is {self.num_speculative_tokens}"
+            )
+        return self
 
     def speculative_config(self) -> dict[str, Any]:
         """The keys of vLLM's speculative config that this tuning sets."""
@@ -128,7 +149,12 @@ def machine() -> str:
     """The machine that a tuning holds for: device, processor and cores."""
     from vllm.platforms import current_platform
 
-    return f"{current_platform.get_device_name()}, {processor()}, {os.cpu_count()} cores"
+    return f"{current_platform.get_device_name()}, {processor()}, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def precision(target: ModelConfig) -> str:

@@ -305,5 +305,10 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The default chat template's source (a tokenizer may have several by name)."""
-    return str(tokenizer.get_chat_template())
+    """The default chat template's source (a tokenizer may have several by name); GriffinError if it has no default."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise GriffinError(
+            f"{tokenizer.name_or_path}: none of its chat templates is the default ({GriffinError.reason(error)})"
+        ) from error

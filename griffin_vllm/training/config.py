@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +74,7 @@ class TrainConfig(Section):
     """Settings of ``griffin train``. Every field can be given in the YAML file or as ``--field value``
     (``--stages.0.epochs 2`` for nested ones)."""
 
-    target: Path = Field(description="folder of the target model")
+    target: Path = Field(description="folder or Hub id of the target model")
     target_name: str | None = Field(
         default=None,
         description="Hub id or folder that the finished head names as its target; by default `target`",
@@ -128,7 +129,7 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.01, description="AdamW's decay of the weights")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of all steps spent warming up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the rate falls to zero"
+        "cosine", description="how the rate goes on behind the warm-up: down to zero, or not at all"
     )
     clip_norm: PositiveFloat | None = Field(1.0, description="clip the gradient's norm")
     clip_value: PositiveFloat | None = Field(
@@ -160,6 +161,12 @@ class TrainConfig(Section):
     validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
     validate_every: PositiveInt = Field(500, description="optimiser steps between validations")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="minutes between checkpoints")
+
+    @field_validator("target", "data", "output", "features")
+    @classmethod
+    def _at_home(cls, value: Path | None) -> Path | None:
+        # no shell does it in a YAML file, nor behind `--output=`
+        return value and Path(os.path.expanduser(value))
 
     @field_validator("alignment", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from griffin_vllm.errors import GriffinError
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -32,7 +33,8 @@ ROLES = {
 # ShareGPT cuts long conversations into fragments: QWJhYvA_0, QWJhYvA_3, ... are one conversation. example_0 and
 # example_3 are two: one in 500 of its random words would be of small letters alone.
 _SHAREGPT_FRAGMENT = re.compile(r"(?![a-z]{7}_)([A-Za-z0-9]{7})_\d+")
-_NEXT_RECORD = re.compile(r'\{\s*"(id|question_id|conversations|messages|turns|prompt)"\s*:')
+_FIRST_FIELD = re.compile(r'\{\s*"([^"\\]+)"\s*:')
+_FIRST_FIELDS = ("id", "question_id", "conversations", "messages", "turns", "prompt")
 _CHUNK = 1 << 20
 MAX_RECORD = 64 << 20
 
@@ -259,16 +261,16 @@ def _convert(record: object, source: str, index: int) -> Record:
 
 
 def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
-    for key in ("conversations", "messages"):
-        turns = record.get(key)
-        if turns is not None:
-            if not isinstance(turns, list) or not turns:
-                raise RecordError("no turns")
+    given = [record[key] for key in ("conversations", "messages") if record.get(key) is not None]
+    for turns in given:
+        if isinstance(turns, list) and turns:
             return turns
     if isinstance(record.get("turns"), list) and record["turns"]:
         return [{"role": "user", "content": turn} for turn in record["turns"]]
     if record.get("prompt") is not None:
         return [{"role": "user", "content": record["prompt"]}]
+    if given:
+        raise RecordError("no turns")
     raise RecordError("none of the fields conversations, messages, turns, prompt")
 
 
@@ -372,6 +374,13 @@ def _line_record(line: bytes) -> object:
         return RecordError("not JSON")
 
 
+def _record_like(text: str, position: int) -> re.Pattern[str]:
+    """How a record begins: with a field that is known for it, or as the one at ``position`` does."""
+    first = _FIRST_FIELD.match(text, position)
+    names = {*_FIRST_FIELDS, *(first.groups() if first else ())}
+    return re.compile(rf'\{{\s*"({"|".join(map(re.escape, names))})"\s*:')
+
+
 def _array_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
     """Elements of a JSON array that may be cut anywhere; broken UTF-8 becomes lone surrogates."""
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
@@ -423,11 +432,12 @@ def _array_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
                 yield damage or RecordError("the file ends inside this record")
                 return
             yield RecordError("not JSON")
-            start = _NEXT_RECORD.search(text, position + 1)
+            next_record = _record_like(text, position)
+            start = next_record.search(text, position + 1)
             while start is None and not ended:
                 position = max(position + 1, len(text) - 64)
                 more()
-                start = _NEXT_RECORD.search(text, position)
+                start = next_record.search(text, position)
             if start is None:
                 return
             position = start.start()

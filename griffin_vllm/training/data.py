@@ -209,6 +209,8 @@ def prepare(
         raise GriffinError.at("griffin data prepare", "--max-length", max_length, "at least 2")
     if not 0 <= validation_share < 1:
         raise GriffinError.at("griffin data prepare", "--validation", validation_share, "from 0 to below 1")
+    if not 0 <= loop_threshold <= 1:
+        raise GriffinError.at("griffin data prepare", "--loop-threshold", loop_threshold, "from 0 to 1")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
     if not may_be_replaced(out, _FILES):
@@ -340,10 +342,8 @@ class _Writer:
             try:
                 if isinstance(samples, RecordError):
                     raise samples
-                if self._loops_wanted == "drop":
-                    samples = [one for one in samples if one.distinct_4grams >= self._loop_threshold]
-                    if not samples:
-                        raise RecordError("the answer loops")
+                if self._loops_wanted == "drop" and any(map(self._is_loop, samples)):
+                    raise RecordError("the answer loops")
                 cut = [_truncate(sample, self._max_length) for sample in samples]
                 if not any(cut):
                     raise RecordError(f"no answer within {self._max_length} tokens")
@@ -355,7 +355,7 @@ class _Writer:
             for sample, length in zip(samples, cut, strict=True):
                 if length:
                     self.truncated += length < len(sample.tokens)
-                    self._append(split, sample, length, sample.distinct_4grams < self._loop_threshold)
+                    self._append(split, sample, length)
 
     def close(self) -> dict[str, SplitCounts]:
         for split in SPLITS:
@@ -373,11 +373,14 @@ class _Writer:
             for split in SPLITS
         }
 
-    def _append(self, split: str, sample: Sample, length: int, loops: bool) -> None:
+    def _is_loop(self, sample: Sample) -> bool:
+        return sample.distinct_4grams < self._loop_threshold
+
+    def _append(self, split: str, sample: Sample, length: int) -> None:
         self._files[split]["tokens"].write(sample.tokens[:length])
         self._files[split]["mask"].write(sample.mask[:length])
         self._offsets[split].append(self._offsets[split][-1] + length)
-        self._loops[split].append(loops)
+        self._loops[split].append(self._is_loop(sample))
         self._answer_tokens[split] += sum(sample.mask[:length])
 
     def _skip(self, skipped: Skipped) -> None:

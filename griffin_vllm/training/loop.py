@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -142,6 +143,9 @@ class Trainer:
             Interrupted: a signal arrived.
             GriffinError: the loss is not finite, or a checkpoint cannot be written.
         """
+        if self.exported.is_dir():
+            self.console.print(f"the run is finished; head in {self.exported}")
+            return self.exported
         config = self.config
         steps = DraftSteps(
             self.head,
@@ -161,9 +165,6 @@ class Trainer:
         )
         model, optimizer = self.accelerator.prepare(steps, optimizer)
         done = self._resume(optimizer)
-        if done == len(self.plan) and self.exported.is_dir():
-            self.console.print(f"the run is finished; head in {self.exported}")
-            return self.exported
         log = RunLog(config.output, done, writes=self.accelerator.is_main_process)
         saved_at = time.monotonic()
         with stop_signals() as stop, self._progress(done) as progress:
@@ -294,12 +295,17 @@ class Trainer:
             for folder, data in splits.items()
         }
         check_caches(manifests)
-        train, validation = (self._cache(folder, data, manifests[folder]) for folder, data in splits.items())
+        load = cache(lambda: Target(config.target, self.device))
+        train, validation = (
+            self._cache(folder, data, manifests[folder], load) for folder, data in splits.items()
+        )
         return CachedSource(train), CachedSource(validation), train.shared_weights()
 
-    def _cache(self, folder: Path, data: TokenDataset, manifest: CacheManifest) -> FeatureCache:
+    def _cache(
+        self, folder: Path, data: TokenDataset, manifest: CacheManifest, load: Callable[[], Target]
+    ) -> FeatureCache:
         """Open a feature cache, writing it first (each process its shards) where it is not complete."""
-        config, accelerator = self.config, self.accelerator
+        accelerator = self.accelerator
         complete = torch.tensor([is_complete(folder, manifest)], device=self.device)
         if not accelerator.gather(complete).all():
             size = manifest.size_in_bytes() / 1e9
@@ -310,7 +316,7 @@ class Trainer:
                 )
                 write_cache(
                     folder,
-                    Target(config.target, self.device),
+                    load(),
                     [data[i][0] for i in range(len(data))],
                     manifest,
                     lambda count: progress.advance(task, count),

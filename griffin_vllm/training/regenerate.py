@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -384,5 +385,5 @@ def _check(settings: Settings) -> None:
         if value < 1:
             raise GriffinError.at(where, option, value, "at least 1")
     for temperature in settings.temperatures:
-        if temperature < 0:
+        if not 0 <= temperature < math.inf:
             raise GriffinError.at(where, "--temperature", temperature, "at least 0")

@@ -46,7 +46,7 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
         GriffinError: another run's folder (the first difference is named), or it cannot be written.
     """
     path, inputs = config.output / SETTINGS, config.output / INPUTS
-    found = _inputs(config, start)
+    found = input_digests(config, start)
     before = _settings_before(config)
     if before is not None:
         stored = read_json(inputs) if inputs.is_file() else {}
@@ -88,7 +88,7 @@ def _write_unless_same(path: Path, text: str) -> None:
         write_whole(path, text)
 
 
-def _inputs(config: TrainConfig, start: Head | None) -> dict[str, str | None]:
+def input_digests(config: TrainConfig, start: Head | None) -> dict[str, str | None]:
     """Digests of what lies behind the settings' paths; the path stays when data are prepared anew."""
     return {
         "data": dataset_digest(config.data),

@@ -63,6 +63,14 @@ def choose(data: TokenDataset, chat: ChatTarget, size: int) -> Tensor:
     Raises:
         GriffinError: ``size`` is not below the target's vocabulary, or leaves no room for these tokens.
     """
+    always = _always_drafted(chat, size)
+    counts = data.answer_token_counts()
+    counts[always] = counts.max() + 1
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def _always_drafted(chat: ChatTarget, size: int) -> list[int]:
+    """The end-of-turn and special tokens of a target; GriffinError unless ``size`` draft tokens have room for them."""
     special = {*chat.eos_token_ids, *chat.tokenizer.all_special_ids}
     # A tokenizer may know tokens that its model has no row for.
     always = sorted(token for token in special if token < chat.vocab_size)
@@ -73,9 +81,7 @@ def choose(data: TokenDataset, chat: ChatTarget, size: int) -> Tensor:
             size,
             f"more than {len(always)} (special tokens) and less than {chat.vocab_size} (the target's vocabulary)",
         )
-    counts = data.answer_token_counts()
-    counts[always] = counts.max() + 1
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+    return always
 
 
 def coverage(data: TokenDataset, target_ids: Tensor) -> float:
@@ -93,6 +99,7 @@ def choose_from_corpus(corpus: Sequence[str], target: str, size: int) -> tuple[T
         GriffinError: target or corpus cannot be read, or do not belong together.
     """
     chat = ChatTarget.load(target)
+    _always_drafted(chat, size)  # before a long corpus is read
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(corpus[0])
         if len(corpus) > 1 or not (folder / MANIFEST).is_file():

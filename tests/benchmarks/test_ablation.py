@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_every_variant_trains_and_a_second_call_trains_nothing(tmp_path: Path) -
     CliRunner().invoke(app, command, catch_exceptions=False)
     again = [path.stat().st_mtime_ns for path in sorted((tmp_path / "runs").glob("*/head/model.safetensors"))]
     assert again == written
+
+
+def test_a_record_of_other_data_is_not_gone_on_with_and_data_without_validation_are_refused(
+    tmp_path: Path,
+) -> None:
+    target = tiny.write_target(tmp_path / "target")
+    config = tmp_path / "ablation.yaml"
+    records: list[dict[str, Any]] = []
+    for name, tokens in (("one", 12), ("two", 13)):
+        data = tiny.write_data(tmp_path / name, target, answer_tokens=tokens)
+        config.write_text(yaml.safe_dump({"target": str(target), "data": str(data)}))
+        records.append(ablation.settings_of(config))
+    (tmp_path / "out.json").write_text(json.dumps({"settings": records[0], "runs": []}))
+    assert ablation.recorded(tmp_path / "out.json", records[0]) == {}
+    with pytest.raises(GriffinError, match=r"inputs is .*; name another --json"):
+        ablation.recorded(tmp_path / "out.json", records[1])
+    data = tiny.write_data(tmp_path / "three", target, answer_tokens=12, validation_share=0.0)
+    config.write_text(yaml.safe_dump({"target": str(target), "data": str(data)}))
+    with pytest.raises(GriffinError, match="validation samples is 0, expected 1 or more"):
+        ablation.settings_of(config)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks import engines, records
 from benchmarks.methods import parse_methods, runs
 from benchmarks.prompts import Conversation, read_prompts
+from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json
 from tests.serving import tiny
 from tests.training.chat_targets import CHATML, byte_level
 
@@ -54,6 +56,35 @@ def test_a_record_of_other_conditions_is_not_resumed(tmp_path: Path, option: str
     setattr(args, option, value)
     with pytest.raises(GriffinError, match=rf"out\.json: {option} is .*; give --json another name"):
         records.Record("speed", args, sets).resume([])
+
+
+def test_a_record_or_answers_of_another_target_in_a_folder_of_the_same_name_are_not_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    sets = [read_prompts(args.prompts[0])]
+    for version in ("first", "second"):
+        args.target = str(tiny.write_head(tmp_path / version / "final"))
+        if version == "first":
+            records.Record("speed", args, sets).save()
+            Trajectory(args, sets).record("prompts", [])
+            assert Trajectory(args, sets).answers == {"prompts": []}
+        else:
+            weights = tmp_path / version / "final" / "model.safetensors"
+            save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+            assert Trajectory(args, sets).answers == {}
+            with pytest.raises(GriffinError, match=r"out\.json: target_weights is "):
+                records.Record("speed", args, sets).resume([])
+
+
+def test_a_finished_record_that_is_gone_on_with_is_unfinished_until_the_end(tmp_path: Path) -> None:
+    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    sets = [read_prompts(args.prompts[0])]
+    records.Record("speed", args, sets).finish([])
+    again = records.Record("speed", args, sets)
+    again.resume([])
+    again.save()
+    assert read_json(args.json)["settings"]["finished"] is False
 
 
 def test_a_failure_of_an_engine_is_recorded_and_the_next_one_gets_its_turn(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -122,6 +125,32 @@ def test_a_damaged_tuning_is_named(head: Path) -> None:
     (head / TUNING_FILE).write_text("{")
     with pytest.raises(GriffinError, match=r"tuning\.json: is not a tuning"):
         read_tuning(open_head(head), "float32")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reason"),
+    [
+        ([], "must not be empty"),
+        ([[1, 4, -1]], "must be >= 0"),
+        ([[1, 4, 9]], "its schedule has 9 draft tokens"),
+    ],
+)
+def test_a_tuning_whose_schedule_cannot_be_is_named_before_a_model_loads(
+    head: Path, schedule: list[list[int]], reason: str
+) -> None:
+    spoilt = json.loads(tuning(head).model_dump_json()) | {"schedule": schedule}
+    (head / TUNING_FILE).write_text(json.dumps(spoilt))
+    with pytest.raises(GriffinError, match=rf"tuning\.json: is not a tuning \(.*{reason}"):
+        read_tuning(open_head(head), "float32")
+
+
+def test_a_tuning_holds_for_as_many_cores_as_the_process_may_use() -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert machine().endswith(", 1 cores")
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_a_file_that_the_environment_names_is_used_in_place_of_the_one_beside_the_head(
@@ -249,6 +278,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda here: ["--enforce-eagr"],
         "griffin tune: unrecognized arguments: --enforce-eagr",
     ),
+    "an engine option that does not go with the others": (
+        lambda here: ["--max-num-batched-tokens", "8"],
+        "griffin tune: .*max_num_batched_tokens",
+    ),
     "an engine option that is no number": (
         lambda here: ["--block-size", "many"],
         "griffin tune: argument --block-size: ",
@@ -284,6 +317,8 @@ def test_bad_input_is_one_line_before_an_engine_starts(
 
     monkeypatch.setattr(LLMEngine, "from_engine_args", start)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    # vLLM sets its logger up somewhere on the way, to write to this test's output, which is closed behind it
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [logging.NullHandler()])
     target = tmp_path / "target"
     tiny.target_config().save_pretrained(target)
     tiny.write_tokenizer(target)

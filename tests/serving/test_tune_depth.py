@@ -68,6 +68,13 @@ def test_drafts_that_were_looked_up_cost_their_verification(lookup_ms: float, dr
     assert choose_depth([*looked_up, UNSURE], points(30, 34, 38, 42, 46), 1).num_speculative_tokens == drafts
 
 
+@pytest.mark.parametrize(("plain_ms", "drafts"), [(30, 4), (12, 0)])
+def test_lookup_may_pay_where_no_number_of_the_heads_own_drafts_does(plain_ms: float, drafts: int) -> None:
+    looked_up = [Chain([1.0] * 4, 4, 0, 50)] * 4
+    found = choose_depth([*looked_up, UNSURE], points(plain_ms, 50, 60, 70, 80), 0)
+    assert found.num_speculative_tokens == drafts
+
+
 def test_nothing_is_chosen_from_nothing() -> None:
     assert choose_depth([], points(30, 33, 36), 2) == Depth(2, 0.0)
     assert choose_depth([SURE], points(30, 33), 1) == Depth(1, 0.0)

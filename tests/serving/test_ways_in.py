@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from packaging.version import Version
+from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -148,6 +149,42 @@ def test_other_speculative_keys_are_passed_on(target: Path, head: Path, expected
         model=str(target), spec_model=f"griffin:{head}", spec_tokens=K, speculative_config=speculation
     )
     assert found == expected | {"draft_sample_method": "probabilistic"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_cache_dtype", "fp8"),
+        ("quantization", "fp8"),
+        ("attention_backend", "CPU_ATTN"),
+        ("disable_eagle_block_drop", True),
+        ("draft_load_config", {"load_format": "dummy"}),
+    ],
+)
+def test_what_vllm_does_with_a_draft_model_it_does_with_a_head(
+    target: Path, head: Path, key: str, value: Any
+) -> None:
+    arguments = EngineArgs(
+        model=str(target), max_model_len=256, spec_model=f"griffin:{head}", speculative_config={key: value}
+    )
+    found = getattr(arguments.create_engine_config().speculative_config, key)
+    if key == "draft_load_config":
+        found, value = found.load_format, "dummy"
+    assert getattr(found, "name", found) == value
+
+
+def test_heads_of_other_sizes_have_compiled_graphs_of_their_own(
+    target: Path, head: Path, tmp_path: Path
+) -> None:
+    wider = tiny.write_head(
+        tmp_path / "wider", tiny.CONFIG.model_copy(update={"intermediate_size": 128}), target
+    )
+
+    def name_of_graphs(head: Path) -> str:
+        arguments = EngineArgs(model=str(target), max_model_len=256, spec_model=f"griffin:{head}")
+        return str(arguments.create_engine_config().speculative_config.compute_hash())
+
+    assert name_of_graphs(head) == name_of_graphs(head) != name_of_graphs(wider)
 
 
 def test_a_head_says_how_it_likes_to_draft_and_the_operator_may_say_otherwise(
@@ -282,6 +319,13 @@ def test_what_is_not_griffin_is_as_without_the_plugin(target: Path, arguments: d
         assert repr(speculative_config()) == repr(hooked)
 
 
+def test_contradictions_about_another_method_are_vllms_to_refuse(target: Path) -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    with pytest.raises(ValueError, match=r"spec.method") as refusal:
+        EngineArgs(model=str(target), spec_method="ngram", speculative_config=ngram).create_engine_config()
+    assert not isinstance(refusal.value, GriffinError)
+
+
 def test_a_model_without_the_prefix_goes_to_vllm() -> None:
     assert parse("--speculative-model", "org/draft")["spec_model"] == "org/draft"
 
@@ -319,10 +363,16 @@ def test_registering_again_changes_nothing() -> None:
     before = (
         EngineArgs.create_speculative_config,
         EngineArgs.add_cli_args,
+        SpeculativeConfig.compute_hash,
         list(sys.meta_path),
     )
     hooks.register()
-    assert before == (EngineArgs.create_speculative_config, EngineArgs.add_cli_args, list(sys.meta_path))
+    assert before == (
+        EngineArgs.create_speculative_config,
+        EngineArgs.add_cli_args,
+        SpeculativeConfig.compute_hash,
+        list(sys.meta_path),
+    )
 
 
 def test_no_module_is_touched_on_import_for_two_points() -> None:

@@ -162,6 +162,8 @@ def test_data_that_cannot_be_prepared(here: Path, name: str) -> None:
         ("--loops", "keep", "--loops is 'keep', expected one of"),
         ("--max-length", "0", "--max-length is 0, expected at least 2"),
         ("--validation", "1", "--validation is 1.0, expected from 0 to below 1"),
+        ("--loop-threshold", "60", "--loop-threshold is 60.0, expected from 0 to 1"),
+        ("--loop-threshold", "nan", "--loop-threshold is nan, expected from 0 to 1"),
         ("--out", "talks.jsonl/out", "talks.jsonl/out: cannot be written (File exists)"),
         ("--exclude", "nowhere.json", "nowhere.json: there is no such file or folder"),
     ],

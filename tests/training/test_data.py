@@ -123,6 +123,37 @@ def test_reading_goes_on_behind_a_broken_record_without_an_id() -> None:
     assert [f.reason for f in found if isinstance(f, Skipped)] == ["not JSON", "not JSON"]
 
 
+def test_reading_goes_on_at_a_record_that_begins_as_the_broken_one() -> None:
+    good = json.dumps({"source": "s", **sharegpt("good", "a", "b")})
+    found = read(f'[{good}, {{"source": "s", "id": "bad", "conversations": [,]}}, {good}, {good}]'.encode())
+    assert sum(isinstance(f, Conversation) for f in found) == 3
+    assert [f.reason for f in found if isinstance(f, Skipped)] == ["not JSON"]
+
+
+@pytest.mark.parametrize(
+    ("record", "roles"),
+    [
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "Be brief."},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            ["system", "user", "assistant"],
+        ),
+        ({"conversations": [], "messages": [{"role": "user", "content": "a"}]}, ["user"]),
+    ],
+)
+def test_turns_are_found_under_their_newer_names_and_behind_an_empty_field(
+    record: dict[str, Any], roles: list[str]
+) -> None:
+    (found,) = read(jsonl(record))
+    assert isinstance(found, Conversation)
+    assert [turn.role for turn in found.turns] == roles
+
+
 def test_arrays_one_behind_the_other_are_read_to_the_end() -> None:
     parts = [json.dumps([sharegpt(name, "a", "b")], indent=2) for name in ("one", "two")]
     assert [f.id for f in read("\n".join(parts).encode())] == ["one", "two"]
@@ -424,6 +455,14 @@ def test_long_samples_are_cut_at_whole_tokens_and_end_in_an_answer(target: Path,
     assert mask[-1]
     assert manifest.truncated_samples == 1
     assert manifest.skipped == {"no answer within 64 tokens": 1}
+
+
+def test_an_answer_behind_one_that_loops_is_dropped_with_it(tmp_path: Path) -> None:
+    target = write_target(tmp_path / "target", chat_targets.STRIPS_THINKING)
+    talk = sharegpt("loop", "q", "again and again " * 30, "and now?", "A short answer.")
+    file = write_jsonl(tmp_path / "a.jsonl", talk, sharegpt("fine", "q", "A short answer."))
+    manifest = prepare(str(target), [str(file)], tmp_path / "out", loops="drop", validation_share=0)
+    assert (manifest.splits["train"].samples, manifest.skipped) == (1, {"the answer loops": 1})
 
 
 @pytest.mark.parametrize(("loops", "samples", "flagged"), [("flag", 2, 1), ("drop", 1, 0)])

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import ChatTarget, Sample, distinct_share
 from griffin_vllm.training.conversations import Conversation, RecordError, Turn
 from tests.training import chat_targets as targets
@@ -154,6 +155,13 @@ def test_answer_behind_another_generation_prompt_is_skipped_unless_token_exact()
     (sample,) = samples(target, talk("a", last=Turn("assistant", "b", (9, 10, 0))))
     assert target.tokenizer.decode(sample.tokens[:-3]).endswith("<|start|>assistant\n<think>\n")
     assert sample.mask[-4:] == [0, 1, 1, 1]
+
+
+def test_several_templates_without_a_default_one_are_refused() -> None:
+    tokenizer = targets.byte_level("")
+    tokenizer.chat_template = {"rag": targets.CHATML, "tools": targets.CHATML}
+    with pytest.raises(GriffinError, match="none of its chat templates is the default"):
+        ChatTarget(tokenizer, [0], len(tokenizer))
 
 
 def test_template_without_end_of_turn_masks_the_text_alone() -> None:

@@ -28,9 +28,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head, save_head
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.training import loop
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.loop import Trainer
+from griffin_vllm.training.target import Target
 from griffin_vllm.training.training_state import (
     TrainingState,
     latest_checkpoint,
@@ -127,6 +129,18 @@ def test_finished_run_that_is_run_again_leaves_its_head_and_checkpoints_as_they_
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_finished_run_without_its_checkpoints_is_still_finished(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path)
+    head = Trainer(config).run()
+    (head / "tuning.json").write_text("mine")
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert Trainer(config).run() == head
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_validation_answers_are_greedy_ones_among_the_first_candidates(
     target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +207,21 @@ def test_features_from_disk_train_like_the_target_in_the_loop(
     assert len(expected) >= 2
     # features on disk are in bf16
     assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_target_is_loaded_once_for_the_features_of_both_splits_and_never_for_complete_ones(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+
+    def counted(path: Path, device: torch.device) -> Target:
+        loaded.append(path)
+        return Target(path, device)
+
+    monkeypatch.setattr(loop, "Target", counted)
+    for output in ("first", "second"):
+        Trainer(settings(target, data, tmp_path / output, features=str(tmp_path / "features")))
+        assert len(loaded) == 1
 
 
 def command(config: TrainConfig, path: Path, *launcher: str) -> list[str]:

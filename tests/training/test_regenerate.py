@@ -423,6 +423,8 @@ def test_bad_arguments_are_one_line_of_the_command(tmp_path: Path) -> None:
         (["--base-url", "http://localhost:abc/v1", prompts], "--base-url"),
         ([*url, prompts, "--concurrency", "0"], "--concurrency"),
         ([*url, prompts, "--temperature", "-1"], "--temperature"),
+        ([*url, prompts, "--temperature", "nan"], "--temperature"),
+        ([*url, prompts, "--temperature", "inf"], "--temperature"),
         ([*url, str(tmp_path / "none.jsonl")], "there is no such file"),
     ):
         result = CliRunner().invoke(app, base + arguments)

@@ -79,6 +79,16 @@ def test_draft_tokens_are_five_unless_a_head_to_continue_from_recommends_others(
     assert given.num_speculative_tokens == 3
 
 
+def test_a_path_below_the_home_folder_is_found_where_no_shell_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.yaml"
+    path.write_text("target: t\ndata: ~/data\noutput: ~/run\n")
+    config = TrainConfig.load(path, ["--output=~/other"])
+    assert (config.data, config.output, config.features) == (tmp_path / "data", tmp_path / "other", None)
+
+
 def test_help_lists_every_setting_with_its_meaning() -> None:
     shown = describe_settings()
     names = {name for name, _, _ in shown}
