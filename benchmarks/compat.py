@@ -56,6 +56,7 @@ COLUMNS = {
         f"{WAYS_IN}::test_a_speculative_config_holds_for_a_head_alone",
         f"{WAYS_IN}::test_the_config_survives_the_way_to_the_workers",
         f"{WAYS_IN}::test_what_is_not_griffin_is_as_without_the_plugin",
+        f"{WAYS_IN}::test_heads_of_other_sizes_have_compiled_graphs_of_their_own",
     ],
     "reference vectors": ["tests/serving/test_reference_vectors.py"],
     "greedy answers": [
