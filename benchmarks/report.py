@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import html
-import io
 import itertools
 import os
 import sys
@@ -21,28 +20,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
-from benchmarks.methods import TUNED, UNTUNED, WITHOUT_HEAD, method_name
+from benchmarks.methods import method_name
+from benchmarks.plots import plots, svg
 from benchmarks.round import table as phases
+from benchmarks.sources import TITLES, Source, drafts, is_baseline, read_records
 from benchmarks.speed import speedup
-from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import read_json, write_whole
+from griffin_vllm.files import write_whole
 
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
-TITLES = {
-    "acceptance": "Acceptance length",
-    "speed": "Speed",
-    "losslessness": "Losslessness",
-    "soak": "Soak",
-    "round": "One round",
-    "startup": "Engine start",
-}
 # column title -> (fields that it shows, how)
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
@@ -136,26 +125,6 @@ table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #
 svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
 
 
-class Source(NamedTuple):
-    """One record: what ``records.Record`` wrote, its file's stem, and rows of other records that its own are compared
-    with."""
-
-    settings: dict[str, Any]
-    results: list[dict[str, Any]]
-    name: str
-    baselines: Sequence[dict[str, Any]] = ()
-
-    @property
-    def kind(self) -> str:
-        return str(self.settings["benchmark"])
-
-
-def drafts(row: dict[str, Any]) -> str:
-    if "schedule" in row:
-        return UNTUNED if row.get("untuned") else TUNED
-    return f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else "")
-
-
 def number(row: dict[str, Any], field: str, digits: int, suffix: str = "") -> str:
     value = row.get(field)
     return "" if value is None else f"{value:.{digits}f}{suffix}"
@@ -167,43 +136,6 @@ def interval(row: dict[str, Any], field: str, conversations: int) -> str:
 
 def loop_free_conversations(row: dict[str, Any]) -> int:
     return row.get("samples", {}).get("loops", []).count(False)
-
-
-def is_baseline(row: dict[str, Any]) -> bool:
-    """Whether others are compared with this row: a second ``none`` has an interval, the first one has not."""
-    return row["method"] == "none" and "speedup_ci" not in row
-
-
-def read_record(path: Path) -> Source:
-    found = read_json(path)
-    settings, results = found.get("settings", {}), found.get("results")
-    if settings.get("benchmark") not in TITLES or not isinstance(results, list):
-        raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
-    return Source(settings, results, path.stem)
-
-
-def read_records(paths: Sequence[Path]) -> list[Source]:
-    """Records that share what they were asked share the rows of methods without a head, too."""
-    sources = [read_record(path) for path in paths]
-
-    def asked(source: Source) -> list[Any]:
-        settings = source.settings
-        dtype = settings.get("engine", {}).get("dtype")
-        return [source.kind, dtype, *(settings[name] for name in ("target", "prompts", "max_tokens"))]
-
-    return [
-        source._replace(
-            baselines=[
-                row
-                for other in sources
-                if source.kind == "acceptance" and other is not source and asked(other) == asked(source)
-                for row in other.results
-                if row["method"] in WITHOUT_HEAD
-                and row["method"] not in {ours["method"] for ours in source.results}
-            ]
-        )
-        for source in sources
-    ]
 
 
 def conditions(source: Source) -> str:
@@ -421,142 +353,6 @@ def overview(source: Source) -> str:
     if faster := speed_margins(source):
         parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
     return "\n\n".join([*parts, f"{conditions(source)}.\n"])
-
-
-def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
-    acceptance = [row for source in sources if source.kind == "acceptance" for row in _rows(source, sources)]
-    drafted = [row for row in acceptance if row.get("position_acceptance")]
-    compared = [
-        [row for row in _rows(source, sources) if "speedup" in row and row["method"] != "none"]
-        for source in sources
-        if source.kind == "speed"
-    ]
-    # runs of one load only would be single points, with a legend each
-    by_load = [rows for rows in compared if len({row["concurrency"] for row in rows}) > 1]
-    drawn = {}
-    if drafted:
-        drawn["acceptance-by-position"] = _by_position(drafted)
-    if any(compared):
-        drawn["speedup-by-method"] = _by_method(list(itertools.chain(*compared)))
-    if by_load:
-        drawn["speedup-by-concurrency"] = _by_concurrency(list(itertools.chain(*by_load)))
-    if training:
-        drawn["training"] = _training(training)
-    return drawn
-
-
-def _rows(source: Source, sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """The rows of ``source``, with its name where another record is drawn into the same plot: its conditions may be
-    others, and no line joins two records."""
-    several = sum(one.kind == source.kind for one in sources) > 1
-    return [{**row, "record": source.name} if several else row for row in source.results]
-
-
-def _panels(
-    rows: Sequence[dict[str, Any]], y: str | None, inches: tuple[float, float]
-) -> tuple[Figure, dict[str, Any]]:
-    """A figure with one panel a data set; ``inches``: width beside the panels, and height."""
-    names = list(dict.fromkeys(row["dataset"] for row in rows))
-    beside, height = inches
-    figure = Figure(figsize=(beside + 3.5 * len(names), height), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
-    for name, axis in zip(names, axes, strict=True):
-        axis.set_title(name)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(y)
-    return figure, dict(zip(names, axes, strict=True))
-
-
-def _name_lines(figure: Figure, panels: dict[str, Any]) -> None:
-    """One colour and one entry of the legend for the lines of the same name in all panels."""
-    drawn = {line.get_label(): line for axis in panels.values() for line in axis.get_lines()}
-    names = [name for name in drawn if not name.startswith("_")]
-    colours = dict(zip(names, itertools.cycle(mpl.colormaps["tab20"](range(20)))))
-    for axis in panels.values():
-        for line in axis.get_lines():
-            line.set_color(colours.get(line.get_label(), "black"))
-    figure.legend([drawn[name] for name in names], names, loc="outside right upper", fontsize="small")
-
-
-def _label(row: dict[str, Any]) -> str:
-    record = f", {row['record']}" if "record" in row else ""
-    return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}{record}"
-
-
-def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:
-    # as high as its legend
-    height = max(3.5, 0.6 + 0.2 * len({_label(row) for row in rows}))
-    figure, panels = _panels(rows, "share of passes that accept it", inches=(5.5, height))
-    for row in rows:
-        shares = row["position_acceptance"]
-        panels[row["dataset"]].plot(range(1, len(shares) + 1), shares, marker="o", label=_label(row))
-    for axis in panels.values():
-        axis.set(xlabel="draft position", ylim=(0, 1))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    _name_lines(figure, panels)
-    return figure
-
-
-def _by_method(rows: Sequence[dict[str, Any]]) -> Figure:
-    least = min(row["concurrency"] for row in rows)
-    alone = [row for row in rows if row["concurrency"] == least]
-    # one line a run, named at the left once for all panels
-    lines = list(dict.fromkeys(_label(row) for row in alone))
-    figure, panels = _panels(alone, None, inches=(4, 1 + 0.22 * len(lines)))
-    for name, axis in panels.items():
-        own = [row for row in alone if row["dataset"] == name]
-        lengths = [row["speedup"] for row in own]
-        bounds = [row.get("speedup_ci", [row["speedup"]] * 2) for row in own]
-        errors = [
-            [max(length - low, 0) for length, (low, _) in zip(lengths, bounds, strict=True)],
-            [max(high - length, 0) for length, (_, high) in zip(lengths, bounds, strict=True)],
-        ]
-        axis.barh([lines.index(_label(row)) for row in own], lengths, xerr=errors, capsize=2)
-        axis.set_yticks(range(len(lines)), lines, fontsize="small")
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_xlabel(f"speedup, {least} at a time")
-    # the first run on top
-    next(iter(panels.values())).invert_yaxis()
-    return figure
-
-
-def _by_concurrency(rows: Sequence[dict[str, Any]]) -> Figure:
-    figure, panels = _panels(rows, "speedup", inches=(5.5, 3.5))
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in rows:
-        lines.setdefault((row["dataset"], _label(row)), []).append((row["concurrency"], row["speedup"]))
-    for (name, label), points in lines.items():
-        loads, speedups = zip(*sorted(points), strict=True)
-        panels[name].plot(loads, speedups, marker="o", label=label)
-    for axis in panels.values():
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("requests at a time")
-    _name_lines(figure, panels)
-    return figure
-
-
-def _training(runs: Sequence[Path]) -> Figure:
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    loss, length = figure.subplots(1, 2)
-    for run in runs:
-        log = records.read_lines(run / "log.jsonl")
-        for axis, kind, field in ((loss, "train", "loss"), (length, "validation", "acceptance_length")):
-            rows = [row for row in log if row["kind"] == kind]
-            axis.plot([row["step"] for row in rows], [row[field] for row in rows], label=run.name)
-    for axis, y in ((loss, "training loss"), (length, "acceptance length, validation")):
-        axis.set(xlabel="step", ylabel=y)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    return figure
-
-
-def svg(figure: Figure) -> str:
-    text = io.StringIO()
-    # the same numbers give the same file
-    with mpl.rc_context({"svg.hashsalt": "griffin", "font.size": 9}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import records, report
+from benchmarks.sources import read_record
 from griffin_vllm.errors import GriffinError
 
 SETTINGS = {
@@ -282,7 +283,7 @@ def test_two_heads_of_one_folder_name_have_a_margin_each() -> None:
 
 
 def test_a_plot_joins_no_two_records(folder: Path) -> None:
-    speed = report.read_record(folder / "speed.json")
+    speed = read_record(folder / "speed.json")
     served = speed._replace(name="served")
     for sources, ends in (([speed], {"T=0"}), ([speed, served], {", speed", ", served"})):
         figure = report.plots(sources, [])["speedup-by-concurrency"]

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import report, round, startup
 from benchmarks.methods import Method, Run
 from benchmarks.round import Round, Stopwatch, summarise
+from benchmarks.sources import read_record
 from tests.benchmarks import models
 
 SLEEP = 0.1
@@ -41,7 +42,7 @@ def test_phases_add_up_to_the_round_and_a_planted_sleep_shows_in_its_own(tmp_pat
     assert phases.pop("later drafts: lm_head") > 2000 * SLEEP
     assert max(phases.values()) < 1000 * SLEEP
     # a column for the names and one a row of the record
-    assert [len(line) for line in report.cells(report.read_record(tmp_path / "out.json"))] == [2] * 16
+    assert [len(line) for line in report.cells(read_record(tmp_path / "out.json"))] == [2] * 16
 
 
 def test_a_function_inside_another_counts_once() -> None:

@@ -1,0 +1,77 @@
+"""The records of the benchmarks as the report reads them, and what names their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.methods import TUNED, UNTUNED, WITHOUT_HEAD
+from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import read_json
+
+TITLES = {
+    "acceptance": "Acceptance length",
+    "speed": "Speed",
+    "losslessness": "Losslessness",
+    "soak": "Soak",
+    "round": "One round",
+    "startup": "Engine start",
+}
+
+
+class Source(NamedTuple):
+    """One record: what ``records.Record`` wrote, its file's stem, and rows of other records that its own are compared
+    with."""
+
+    settings: dict[str, Any]
+    results: list[dict[str, Any]]
+    name: str
+    baselines: Sequence[dict[str, Any]] = ()
+
+    @property
+    def kind(self) -> str:
+        return str(self.settings["benchmark"])
+
+
+def drafts(row: dict[str, Any]) -> str:
+    if "schedule" in row:
+        return UNTUNED if row.get("untuned") else TUNED
+    return f"{row['num_speculative_tokens'] or ''}" + (" (best)" if row.get("best_k") else "")
+
+
+def is_baseline(row: dict[str, Any]) -> bool:
+    """Whether others are compared with this row: a second ``none`` has an interval, the first one has not."""
+    return row["method"] == "none" and "speedup_ci" not in row
+
+
+def read_record(path: Path) -> Source:
+    found = read_json(path)
+    settings, results = found.get("settings", {}), found.get("results")
+    if settings.get("benchmark") not in TITLES or not isinstance(results, list):
+        raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
+    return Source(settings, results, path.stem)
+
+
+def read_records(paths: Sequence[Path]) -> list[Source]:
+    """Records that share what they were asked share the rows of methods without a head, too."""
+    sources = [read_record(path) for path in paths]
+
+    def asked(source: Source) -> list[Any]:
+        settings = source.settings
+        dtype = settings.get("engine", {}).get("dtype")
+        return [source.kind, dtype, *(settings[name] for name in ("target", "prompts", "max_tokens"))]
+
+    return [
+        source._replace(
+            baselines=[
+                row
+                for other in sources
+                if source.kind == "acceptance" and other is not source and asked(other) == asked(source)
+                for row in other.results
+                if row["method"] in WITHOUT_HEAD
+                and row["method"] not in {ours["method"] for ours in source.results}
+            ]
+        )
+        for source in sources
+    ]
