@@ -289,6 +289,7 @@ def convert_head(
 
     folder = find_head(source)
     head, target_config = open_for(folder, target)
+    named = target or head.config.target
     check_destination(destination)
     vocabulary = None
     if (draft_vocab is None) != (corpus is None):
@@ -296,7 +297,6 @@ def convert_head(
     if draft_vocab is not None and corpus is not None:
         from griffin_vllm.training.vocabulary import choose_from_corpus
 
-        named = target or head.config.target
         if named is None:
             raise GriffinError(
                 f"{folder}: names no target, whose tokenizer --draft-vocab needs; give --target"
@@ -304,8 +304,8 @@ def convert_head(
         vocabulary, covered = choose_from_corpus(corpus, named, draft_vocab)
         typer.echo(f"{draft_vocab} tokens cover {covered:.2%} of the answers in {', '.join(corpus)}")
     written = convert(folder, destination, target, vocabulary)
-    if not target_config and (unseen := target or head.config.target):
-        typer.echo(f"{unseen}: is not on this machine, so it was not checked that the head fits it")
+    if named and not target_config:
+        typer.echo(f"{named}: is not on this machine, so it was not checked that the head fits it")
     typer.echo(f"{written.folder}: written")
 
 

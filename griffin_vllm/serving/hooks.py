@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import functools
 import hashlib
 import importlib
 import sys
@@ -121,131 +120,112 @@ def _know_our_model(models: ModuleType) -> None:
 
 
 def _accept_griffin(arg_utils: ModuleType) -> None:
-    engine_args = arg_utils.EngineArgs
-    original = engine_args.create_speculative_config
-    if hasattr(original, "griffin"):
-        return
+    touch_point.wrap_once(arg_utils.EngineArgs, "create_speculative_config", _create_speculative_config)
 
-    @functools.wraps(original)
-    def create_speculative_config(
-        self: EngineArgs, target_model_config: Any, target_parallel_config: Any, *args: Any, **kwargs: Any
-    ) -> SpeculativeConfig | None:
-        try:
-            from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
-        except ImportError:
-            # this vLLM lacks something that nobody needs who does not ask for GRIFFIN
-            given = self.speculative_config or {}
-            asked_for = (self.spec_method or given.get("method"), self.spec_model or given.get("model"))
-            if not asks_for_griffin(*asked_for):
-                return original(self, target_model_config, target_parallel_config, *args, **kwargs)
-            check_fits()
-            raise
 
-        resolved = resolve(
-            self.speculative_config,
-            self.spec_method,
-            self.spec_model,
-            self.spec_tokens,
-            target_model_config,
-            target_parallel_config,
-        )
-        if resolved is None:
+def _create_speculative_config(
+    original: Any,
+    self: EngineArgs,
+    target_model_config: Any,
+    target_parallel_config: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> SpeculativeConfig | None:
+    try:
+        from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
+    except ImportError:
+        # this vLLM lacks something that nobody needs who does not ask for GRIFFIN
+        given = self.speculative_config or {}
+        asked_for = (self.spec_method or given.get("method"), self.spec_model or given.get("model"))
+        if not asks_for_griffin(*asked_for):
             return original(self, target_model_config, target_parallel_config, *args, **kwargs)
         check_fits()
-        settings = {key: resolved.pop(key) for key in HEAD_SETTINGS if key in resolved}
-        asked = copy.copy(self)
-        asked.speculative_config = resolved
-        asked.spec_method = asked.spec_model = asked.spec_tokens = None
-        config = original(asked, target_model_config, target_parallel_config, *args, **kwargs)
-        # the way by which the head's config reaches the workers
-        config.draft_model_config.hf_config.update(settings)
-        if resolved.get("max_model_len") is None:
-            # A head drafts at any position; beyond its own number vLLM would have no request draft beside a longer one.
-            config.draft_model_config.max_model_len = target_model_config.max_model_len
-        return config
+        raise
 
-    create_speculative_config.griffin = True  # type: ignore[attr-defined]
-    engine_args.create_speculative_config = create_speculative_config
+    resolved = resolve(
+        self.speculative_config,
+        self.spec_method,
+        self.spec_model,
+        self.spec_tokens,
+        target_model_config,
+        target_parallel_config,
+    )
+    if resolved is None:
+        return original(self, target_model_config, target_parallel_config, *args, **kwargs)
+    check_fits()
+    settings = {key: resolved.pop(key) for key in HEAD_SETTINGS if key in resolved}
+    asked = copy.copy(self)
+    asked.speculative_config = resolved
+    asked.spec_method = asked.spec_model = asked.spec_tokens = None
+    config = original(asked, target_model_config, target_parallel_config, *args, **kwargs)
+    # the way by which the head's config reaches the workers
+    config.draft_model_config.hf_config.update(settings)
+    if resolved.get("max_model_len") is None:
+        # A head drafts at any position; beyond its own number vLLM would have no request draft beside a longer one.
+        config.draft_model_config.max_model_len = target_model_config.max_model_len
+    return config
 
 
 def _tell_heads_apart(speculative: ModuleType) -> None:
-    config = speculative.SpeculativeConfig
-    original = config.compute_hash
-    if hasattr(original, "griffin"):
-        return
+    touch_point.wrap_once(speculative.SpeculativeConfig, "compute_hash", _compute_hash)
 
-    @functools.wraps(original)
-    def compute_hash(self: SpeculativeConfig) -> str:
-        draft = self.draft_model_config
-        if draft is None or ARCHITECTURE not in draft.architectures:
-            return str(original(self))
-        return hashlib.sha256(f"{original(self)} {draft.compute_hash()}".encode()).hexdigest()
 
-    compute_hash.griffin = True  # type: ignore[attr-defined]
-    config.compute_hash = compute_hash
+def _compute_hash(original: Any, self: SpeculativeConfig) -> str:
+    draft = self.draft_model_config
+    if draft is None or ARCHITECTURE not in draft.architectures:
+        return str(original(self))
+    return hashlib.sha256(f"{original(self)} {draft.compute_hash()}".encode()).hexdigest()
 
 
 def _ask_for_a_target(arg_utils: ModuleType) -> None:
-    engine_args = arg_utils.EngineArgs
-    original = engine_args.create_model_config
-    if hasattr(original, "griffin"):
-        return
+    touch_point.wrap_once(arg_utils.EngineArgs, "create_model_config", _create_model_config)
 
-    @functools.wraps(original)
-    def create_model_config(self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
-        speculation = self.speculative_config
-        if self.model is None and isinstance(speculation, dict) and speculation.get("method") == METHOD:
-            raise GriffinError(
-                f"{speculation['model']}: names no target, so it cannot be served alone; "
-                f"serve the target with --speculative-model {PREFIX}{speculation['model']}"
-            )
-        return original(self, *args, **kwargs)
 
-    create_model_config.griffin = True  # type: ignore[attr-defined]
-    engine_args.create_model_config = create_model_config
+def _create_model_config(original: Any, self: EngineArgs, *args: Any, **kwargs: Any) -> ModelConfig:
+    speculation = self.speculative_config
+    if self.model is None and isinstance(speculation, dict) and speculation.get("method") == METHOD:
+        raise GriffinError(
+            f"{speculation['model']}: names no target, so it cannot be served alone; "
+            f"serve the target with --speculative-model {PREFIX}{speculation['model']}"
+        )
+    return original(self, *args, **kwargs)
 
 
 def _offer_flags(arg_utils: ModuleType) -> None:
-    engine_args = arg_utils.EngineArgs
-    original = engine_args.add_cli_args
-    if hasattr(original, "griffin"):
-        return
+    touch_point.wrap_once(arg_utils.EngineArgs, "add_cli_args", _add_cli_args)
 
-    @functools.wraps(original)
-    def add_cli_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parser = original(parser, *args, **kwargs)
-        group = parser.add_argument_group(
-            "GRIFFIN",
-            "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm), "
-            "or --spec-model griffin:HEAD [--spec-tokens K].",
-        )
-        # The destinations of --spec-model and --spec-tokens: EngineArgs takes known fields only.
-        flags: dict[str, dict[str, Any]] = {
-            "--speculative-model": {
-                "dest": "spec_model",
-                "metavar": "MODEL",
-                "help": "griffin:HEAD, where HEAD is a bundled name, a folder, or a Hub repository id "
-                "(org/name or org/name@revision); anything else is taken as --spec-model takes it.",
-            },
-            "--num-speculative-tokens": {
-                "dest": "spec_tokens",
-                "type": int,
-                "metavar": "K",
-                "help": "Tokens to draft in each step; without it, what `griffin tune` found, else what the head "
-                "recommends (on a CPU for a request that is alone, less for several).",
-            },
-        }
-        for flag, options in flags.items():
-            try:
-                group.add_argument(flag, **options)
-            except argparse.ArgumentError:
-                touch_point.log_once(
-                    f"{flag} is not griffin-vllm's here; ask with --spec-model {PREFIX}HEAD --spec-tokens K"
-                )
-        return parser
 
-    add_cli_args.griffin = True  # type: ignore[attr-defined]
-    engine_args.add_cli_args = staticmethod(add_cli_args)
+def _add_cli_args(original: Any, parser: Any, *args: Any, **kwargs: Any) -> Any:
+    parser = original(parser, *args, **kwargs)
+    group = parser.add_argument_group(
+        "GRIFFIN",
+        "Draft heads: --speculative-model griffin:HEAD [--num-speculative-tokens K] (griffin-vllm), "
+        "or --spec-model griffin:HEAD [--spec-tokens K].",
+    )
+    # The destinations of --spec-model and --spec-tokens: EngineArgs takes known fields only.
+    flags: dict[str, dict[str, Any]] = {
+        "--speculative-model": {
+            "dest": "spec_model",
+            "metavar": "MODEL",
+            "help": "griffin:HEAD, where HEAD is a bundled name, a folder, or a Hub repository id "
+            "(org/name or org/name@revision); anything else is taken as --spec-model takes it.",
+        },
+        "--num-speculative-tokens": {
+            "dest": "spec_tokens",
+            "type": int,
+            "metavar": "K",
+            "help": "Tokens to draft in each step; without it, what `griffin tune` found, else what the head "
+            "recommends (on a CPU for a request that is alone, less for several).",
+        },
+    }
+    for flag, options in flags.items():
+        try:
+            group.add_argument(flag, **options)
+        except argparse.ArgumentError:
+            touch_point.log_once(
+                f"{flag} is not griffin-vllm's here; ask with --spec-model {PREFIX}HEAD --spec-tokens K"
+            )
+    return parser
 
 
 def _draft_with_our_proposer(eagle: ModuleType) -> None:
@@ -265,35 +245,30 @@ def _draft_with_our_proposer(eagle: ModuleType) -> None:
 
 
 def _sample_plainly_without_drafts(module: ModuleType) -> None:
-    rejection_sampler = module.RejectionSampler
-    original = rejection_sampler.forward
-    if hasattr(original, "griffin"):
-        return
+    touch_point.wrap_once(module.RejectionSampler, "forward", _sample)
 
-    @functools.wraps(original)
-    def forward(
-        self: Any,
-        metadata: Any,
-        draft_probs: Any,
-        logits: Any,
-        sampling_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if getattr(self, "serves_griffin", False):
-            # A row of logits a request: what a thinking budget forces is in the row that vLLM calls the bonus one.
-            if metadata.max_spec_len == 0:
-                return self.sampler(logits, sampling_metadata, predict_bonus_token=True)
-            if getattr(sampling_metadata, "logprob_token_ids", None):
-                last = metadata.bonus_logits_indices
-                first = last - last.new_tensor(metadata.num_draft_tokens)
-                no_drafts: list[list[int]] = [[] for _ in metadata.num_draft_tokens]
-                undrafted = dataclasses.replace(sampling_metadata, spec_token_ids=no_drafts)
-                return self.sampler(logits[first], undrafted, predict_bonus_token=True)
-        return original(self, metadata, draft_probs, logits, sampling_metadata, *args, **kwargs)
 
-    forward.griffin = True  # type: ignore[attr-defined]
-    rejection_sampler.forward = forward
+def _sample(
+    original: Any,
+    self: Any,
+    metadata: Any,
+    draft_probs: Any,
+    logits: Any,
+    sampling_metadata: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if getattr(self, "serves_griffin", False):
+        # A row of logits a request: what a thinking budget forces is in the row that vLLM calls the bonus one.
+        if metadata.max_spec_len == 0:
+            return self.sampler(logits, sampling_metadata, predict_bonus_token=True)
+        if getattr(sampling_metadata, "logprob_token_ids", None):
+            last = metadata.bonus_logits_indices
+            first = last - last.new_tensor(metadata.num_draft_tokens)
+            no_drafts: list[list[int]] = [[] for _ in metadata.num_draft_tokens]
+            undrafted = dataclasses.replace(sampling_metadata, spec_token_ids=no_drafts)
+            return self.sampler(logits[first], undrafted, predict_bonus_token=True)
+    return original(self, metadata, draft_probs, logits, sampling_metadata, *args, **kwargs)
 
 
 def _mend_cpu_sampling(_: ModuleType) -> None:

@@ -56,6 +56,21 @@ def touch(point: TouchPoint) -> None:
         log_once(f"griffin-vllm cannot be used: {misfits[place]}")
 
 
+def wrap_once(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have ``around(original, ...)`` called in the place of the function ``owner.name``, unless that is so already."""
+    original = getattr(owner, name)
+    if hasattr(original, "griffin"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    wrapped.griffin = True  # type: ignore[attr-defined]
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
 @functools.cache
 def log_once(message: str) -> None:
     from vllm.logger import init_logger

@@ -118,24 +118,15 @@ def test_every_validation_is_logged_once_also_when_a_finished_run_is_run_again_o
     assert steps == list(range(1, len(trainer.plan) + 1))
 
 
+@pytest.mark.parametrize("checkpoints", ["kept", "gone"])
 def test_finished_run_that_is_run_again_leaves_its_head_and_checkpoints_as_they_are(
-    target: Path, data: Path, tmp_path: Path
+    target: Path, data: Path, tmp_path: Path, checkpoints: str
 ) -> None:
     config = settings(target, data, tmp_path)
     head = Trainer(config).run()
     (head / "tuning.json").write_text("mine")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert Trainer(config).run() == head
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_finished_run_without_its_checkpoints_is_still_finished(
-    target: Path, data: Path, tmp_path: Path
-) -> None:
-    config = settings(target, data, tmp_path)
-    head = Trainer(config).run()
-    (head / "tuning.json").write_text("mine")
-    shutil.rmtree(tmp_path / "checkpoints")
+    if checkpoints == "gone":
+        shutil.rmtree(tmp_path / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert Trainer(config).run() == head
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
