@@ -132,7 +132,7 @@ bench-speed: $(REDUCED)/config.json
 	mkdir -p runs/tuning
 	for file in $(BENCH_TUNING); do tail -n 2 $$file > runs/tuning/$$(basename $$file) || exit 1; done
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_ALONE) \
-	  --methods none,$(BENCH_WHOLE) --num-speculative-tokens 1,2,3 --num-prompts 2 --max-tokens 64 --repeats 1 \
+	  --methods none,ngram,$(BENCH_WHOLE) --num-speculative-tokens 1,2,3 --num-prompts 2 --max-tokens 64 --repeats 1 \
 	  --json $(RESULTS)/speed-tuning.json
 	$(MEASURE) benchmarks/speed.py --target $(TARGET_FOLDER) --prompts runs/tuning/*.jsonl $(BENCH_ALONE) \
 	  --methods none,$(BENCH_DEEP) --num-speculative-tokens 5,12 --num-prompts 2 --max-tokens 64 --repeats 1 \

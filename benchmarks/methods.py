@@ -242,6 +242,8 @@ def _tuned(method: Method, dtype: str) -> Run:
 
 
 def in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:
-    """Repeat and number of the run, ``planned`` runs a repeat, in an order that rotates."""
+    """Repeat and number of the run, ``planned`` runs a repeat, in an order that rotates as far as it takes for each run
+    to come early in one repeat and late in another."""
+    step = max(1, planned // repeats)
     for repeat, place in product(range(repeats), range(planned)):
-        yield repeat, (place + repeat) % planned
+        yield repeat, (place + step * repeat) % planned

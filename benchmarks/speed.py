@@ -207,12 +207,14 @@ def check_tuning_record(tuning: Path, settings: dict[str, Any], methods: Sequenc
     """Check that what was fastest in a tuning record says something about the record with ``settings``.
 
     Raises:
-        GriffinError: it was made on another machine or vLLM, of another target, precision or weights of a head, or
-            on prompts that are measured now.
+        GriffinError: it was made on another machine or vLLM, of another target, precision, load or weights of a head,
+            or on prompts that are measured now.
     """
     theirs = read_json(tuning).get("settings", {})
     asked = [("machine", "cpu"), ("machine", "cores"), ("versions", "vllm")]
-    asked += [("arguments", "target"), ("arguments", "dtype")]
+    asked += [
+        ("arguments", name) for name in ("target", "dtype", "enforce_eager", "temperature", "concurrency")
+    ]
     heads = {records.shown(one.head): head_digest(one) for one in methods if one.head}
     ours = {**settings, "heads": heads}
     asked += [("heads", name) for name in heads if name in theirs.get("heads", {})]

@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import engines, served, speed
 from benchmarks.engines import Answer
-from benchmarks.methods import Method, Run, head_digest, parse_methods
+from benchmarks.methods import Method, Run, head_digest, in_turn, parse_methods
 from benchmarks.prompts import Conversation
 from benchmarks.speed import Sample, speedup
 from griffin_vllm.errors import GriffinError
@@ -100,6 +100,13 @@ def test_a_planted_sleep_in_the_proposer_is_seen_and_plain_decoding_equals_itsel
     # a target step takes a tenth of a second and gives up to four tokens
     percentiles = list(griffin["time_per_output_token_ms_percentiles"].values())
     assert 25 <= percentiles[0] <= percentiles[1] <= percentiles[2]
+
+
+def test_a_slow_spell_meets_every_method_early_in_one_repeat_and_late_in_another() -> None:
+    order = [[run for repeat, run in in_turn(3, 7) if repeat == wanted] for wanted in range(3)]
+    assert all(sorted(runs) == list(range(7)) for runs in order)
+    places = [sum(runs.index(run) for runs in order) / 3 for run in range(7)]
+    assert 2 <= min(places) <= max(places) <= 4
 
 
 LOOPING = {"0", "1"}
@@ -208,6 +215,7 @@ def test_a_row_at_the_best_k_of_a_tuning_record_stands_beside_the_fixed_one(tmp_
         "versions.vllm",
         "arguments.target",
         "arguments.dtype",
+        "arguments.concurrency",
         "heads.head",
         "first_turns",
     ],
@@ -219,7 +227,7 @@ def test_a_tuning_record_of_other_conditions_or_without_its_prompts_is_refused(
     ours = {
         "machine": {"cpu": "a", "cores": 2},
         "versions": {"vllm": "1"},
-        "arguments": {"target": "t", "dtype": "float32"},
+        "arguments": {"target": "t", "dtype": "float32", "concurrency": [1]},
         "first_turns": {"data": ["x"]},
     }
     theirs = {
