@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.methods import Run
 from benchmarks.prompts import Conversation
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import render
+from griffin_vllm.serving.tune_engine import render
 
 if TYPE_CHECKING:
     from vllm import LLM

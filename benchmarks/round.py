@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import engines, records
 from benchmarks.methods import in_turn, method_name, runs
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import decode
+from griffin_vllm.serving.tune_engine import decode
 
 if TYPE_CHECKING:
     from vllm import LLM

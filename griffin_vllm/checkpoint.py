@@ -95,9 +95,9 @@ class Head:
 
     @property
     def is_served_layout(self) -> bool:
-        return (
-            HeadConfig.is_served_layout(self.folder / CONFIG_FILE) and self.weights.name == SAFETENSORS_FILE
-        )
+        """Whether it is laid out as `griffin convert` writes heads, and not as the GRIFFIN authors do."""
+        served = "speculators_model_type" in read_json(self.folder / CONFIG_FILE)
+        return served and self.weights.name == SAFETENSORS_FILE
 
 
 def bundled_heads() -> list[str]:
@@ -155,13 +155,11 @@ def open_head(folder: Path, name: HeadName = "griffin") -> Head:
     try:
         is_folder = folder.is_dir()
         folder = folder.resolve(strict=True) if is_folder else folder
+        weights = _weights_file(folder)
     except (OSError, RuntimeError) as error:
         raise GriffinError(f"{folder}: cannot be read ({GriffinError.reason(error)})") from error
     if not is_folder:
         raise GriffinError(f"{folder}: is not a folder; a head is a folder with {CONFIG_FILE} and weights")
-    weights = next(
-        (folder / name for name in (SAFETENSORS_FILE, PICKLE_FILE) if (folder / name).is_file()), None
-    )
     if weights is None:
         raise GriffinError(f"{folder}: has no {SAFETENSORS_FILE} or {PICKLE_FILE}")
     # Other speculators' configs have features that ours lacks: say what the head is before complaining of those.
@@ -204,10 +202,17 @@ def is_griffin_head(folder: Path) -> bool:
     try:
         if read_json(folder / CONFIG_FILE).get("speculators_model_type") == METHOD:
             return True
-        weights = folder / SAFETENSORS_FILE
-        return weights.is_file() and MARKS["griffin"] in _tensor_headers(weights)
-    except GriffinError:
+        weights = _weights_file(folder)
+        return weights is not None and MARKS["griffin"] in _tensor_headers(weights)
+    except (GriffinError, OSError):
         return False
+
+
+def _weights_file(folder: Path) -> Path | None:
+    """The one that counts where a folder has two. Raises OSError where it cannot be looked up."""
+    return next(
+        (folder / name for name in (SAFETENSORS_FILE, PICKLE_FILE) if (folder / name).is_file()), None
+    )
 
 
 def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:

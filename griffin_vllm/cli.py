@@ -263,7 +263,11 @@ def convert_head(
     source: Annotated[str, typer.Argument(help="Bundled name, folder or Hub id of a head.", metavar="SRC")],
     destination: Annotated[Path, typer.Argument(help="Where the converted head goes.", metavar="DST")],
     target: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of its target, so that `vllm serve DST` works.")
+        str | None,
+        typer.Option(
+            help="Folder or Hub id of its target, which `vllm serve DST` serves then; a relative folder is found from "
+            "where it is given now."
+        ),
     ] = None,
     draft_vocab: Annotated[
         int | None,

@@ -96,11 +96,6 @@ class HeadConfig(BaseModel):
             return cls._from_served(raw, path)
         return cls._from_reference(raw, path)
 
-    @classmethod
-    def is_served_layout(cls, path: Path) -> bool:
-        """Whether the ``config.json`` at ``path`` is one that vLLM reads as it is."""
-        return "speculators_model_type" in read_json(path)
-
     def to_served(self) -> dict[str, Any]:
         """The served layout's JSON object (format of the ``speculators`` project, as vLLM's
         ``transformers_utils/configs/speculators/base.py`` reads it)."""
@@ -286,8 +281,9 @@ def _rope_theta(layer: dict[str, Any], path: Path) -> float:
     """
     scaling = layer.get("rope_scaling")
     parameters = layer.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise GriffinError.at(path, "rope_parameters", parameters, "an object")
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        expected = "an object of the one layer's values (none by layer type)"
+        raise GriffinError.at(path, "rope_parameters", parameters, expected)
     if isinstance(scaling, dict) and _rope_type(scaling) == "default":
         scaling = None
     if scaling is not None or _rope_type(parameters) != "default":

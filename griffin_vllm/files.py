@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
             content(unfinished)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        # what stopped the writing can stop this, too
+        with suppress(OSError):
+            unfinished.unlink()
         raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
 
 

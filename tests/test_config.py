@@ -139,6 +139,10 @@ BAD_CONFIGS: dict[str, tuple[object, str]] = {
     "odd head_dim": (REFERENCE | {"head_dim": 15}, "head_dim is 15, expected an even number"),
     "another activation": (REFERENCE | {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
     "scaled rotary": (REFERENCE | {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {"),
+    "a rotary base by layer type": (
+        REFERENCE | {"rope_parameters": {"full_attention": {"rope_theta": 500.0}}},
+        "rope_parameters is {'full_attention': {'rope_theta': 500.0}}, expected an object of the one layer's values",
+    ),
     "scaled rotary, new style": (
         REFERENCE | {"rope_parameters": {"rope_type": "yarn"}},
         "rope_scaling is 'yarn', expected null",

@@ -60,3 +60,24 @@ def test_the_series_applies_and_its_own_tests_pass(patched: Path) -> None:
     )
     assert done.stdout.startswith(str(patched)), "the patched copy must be the one that is imported"
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_beside_the_plugin_the_plugins_model_is_served(patched: Path) -> None:
+    code = """
+import vllm
+from vllm.model_executor.models import ModelRegistry
+before = ModelRegistry.models["GriffinForCausalLM"].module_name
+vllm.plugins.load_general_plugins()
+print(vllm.__file__, before, ModelRegistry.models["GriffinForCausalLM"].module_name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=patched,
+        env=os.environ | {"PYTHONPATH": str(patched)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    module, *models = done.stdout.splitlines()[-1].split() if done.stdout else ("", done.stderr)
+    assert module.startswith(str(patched))
+    assert models == ["vllm.model_executor.models.griffin", "griffin_vllm.serving.model"]

@@ -115,8 +115,8 @@ def _read_our_configs(algos: ModuleType) -> None:
 
 
 def _know_our_model(models: ModuleType) -> None:
-    if ARCHITECTURE not in models.ModelRegistry.get_supported_archs():
-        models.ModelRegistry.register_model(ARCHITECTURE, "griffin_vllm.serving.model:GriffinForCausalLM")
+    # also where vLLM has a model of that name (patches/): our proposer asks more of it
+    models.ModelRegistry.register_model(ARCHITECTURE, "griffin_vllm.serving.model:GriffinForCausalLM")
 
 
 def _accept_griffin(arg_utils: ModuleType) -> None:
@@ -336,7 +336,7 @@ TOUCH_POINTS = (
         "ModelRegistry.register_model",
         "vLLM's registry of models: finds the draft head's class",
         _know_our_model,
-        ("ModelRegistry.get_supported_archs", "ModelRegistry.register_model"),
+        ("ModelRegistry.register_model",),
     ),
     TouchPoint(
         "vllm.v1.spec_decode.eagle",
@@ -358,7 +358,7 @@ TOUCH_POINTS = (
         "RejectionSampler.forward",
         "a step without drafts is sampled as plain vLLM does it; since 0.32 the V1 runner takes the long way. So is a "
         "step in which a request asks for `logprob_token_ids`, where the original gives none or fails: it accepts no "
-        "drafts",
+        "drafts. The proposer marks the runner's sampler by `serves_griffin`",
         _sample_plainly_without_drafts,
         ("RejectionSampler.forward(metadata, draft_probs, logits, sampling_metadata)",),
         on_import=True,
@@ -390,7 +390,8 @@ TOUCH_POINTS = (
     ),
 )
 
-# Our modules that only workers import, with what vLLM or we ask them for: their imports from vLLM must work.
+# Our modules that are imported only where GRIFFIN is asked for, with what vLLM or we ask them for: their imports from
+# vLLM must work.
 OUR_IMPORTS = (
     "griffin_vllm.serving.speculative_config:resolve",
     "griffin_vllm.serving.model:GriffinForCausalLM",
@@ -400,6 +401,7 @@ OUR_IMPORTS = (
 RELIED_ON = (
     "vllm.config.vllm:VllmConfig.use_v2_model_runner",
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
+    "vllm.v1.spec_decode.eagle:EagleProposer.vllm_config",
     "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
     "vllm.v1.spec_decode.eagle:EagleProposer.speculative_config",
@@ -410,14 +412,25 @@ RELIED_ON = (
     "max_query_len, slot_mapping, query_start_loc_cpu)",
     "vllm.v1.worker.gpu_input_batch:InputBatch.token_ids_cpu",
     "vllm.v1.worker.gpu_input_batch:InputBatch.num_prompt_tokens",
+    "vllm.v1.worker.gpu_input_batch:InputBatch.req_ids",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState(sampling_params)",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.discard_request_mask",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.effective_drafter_max_model_len",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.input_batch",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.max_model_len",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.rejection_sampler",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.requests",
+    "vllm.v1.kv_cache_interface:KVCacheConfig(kv_cache_groups)",
     "vllm.v1.sample.rejection_sampler:RejectionSampler.sampler",
     "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)",
     "vllm.v1.sample.metadata:SamplingMetadata(spec_token_ids)",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata(num_draft_tokens, bonus_logits_indices)",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
+    "vllm.model_executor.layers.attention.attention:Attention.attn_backend",
+    "vllm.model_executor.layers.attention.attention:Attention.layer_name",
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.quant_method",
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.shard_indices",
     "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens(lm_head, hidden_states)",
     "vllm.model_executor.models.llama:LlamaAttention.qkv_proj",
     "vllm.model_executor.models.llama:LlamaAttention.rotary_emb",

@@ -37,7 +37,7 @@ def _last_rows(metadata: CommonAttentionMetadata, token_indices_to_sample: torch
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and six ways of doing less.
+    """vLLM's EAGLE proposer with what LoRA needs, and seven ways of doing less.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -68,6 +68,9 @@ class GriffinProposer(EagleProposer):
     ``gpu_model_runner.py`` does it.
 
     *Parts of a long prompt* get no drafts either, where the scheduler waits: it would drop them.
+
+    *Near the model's maximum length* there are fewer, and at last none. Left to itself vLLM's runner does not call a
+    proposer there: its scheduler takes zeros for drafts, K of each request, and the head's KV cache misses the step.
 
     One thing it does less of for another reason: with ``min_tokens`` a request gets no more drafts than leave the
     target's own token behind them below that length, for vLLM keeps *that* token from ending the answer whenever the
@@ -112,6 +115,9 @@ class GriffinProposer(EagleProposer):
         super().load_model(target_model)
         # for the touch point in hooks.py; the runner makes its sampler after its drafter
         self.runner.rejection_sampler.serves_griffin = True
+        if self.steps_may_vary:
+            # so that the runner always calls propose, which looks at the length by itself
+            self.runner.effective_drafter_max_model_len += self.num_speculative_tokens
         embed_tokens = self.model.model.embed_tokens
         if isinstance(embed_tokens, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embed_tokens.base_layer
@@ -153,6 +159,11 @@ class GriffinProposer(EagleProposer):
         # Not every way below leads through vLLM's own loop.
         self._last_draft_probs: torch.Tensor | None = None
         near = self._within_limit(common_attn_metadata)
+        room = self._room(common_attn_metadata)
+        if self.scheduler_waits:
+            num_speculative_tokens = min(num_speculative_tokens, room)
+        elif room < num_speculative_tokens:
+            near = [False] * len(near)
         all_far = self.steps_may_vary and not any(near)
         most = [num_speculative_tokens if close else 0 for close in near]
         texts: list[np.ndarray] = []
@@ -176,8 +187,9 @@ class GriffinProposer(EagleProposer):
             drafts = next_token_ids.new_empty(requests, 0, dtype=torch.int64)
         else:
             self.postponed.write()
+            wanted = max(most) if self.steps_may_vary and self.scheduler_waits else num_speculative_tokens
             drafts = self._draft(
-                0 if idle else num_speculative_tokens,
+                0 if idle else wanted,
                 target_token_ids=target_token_ids,
                 target_positions=target_positions,
                 target_hidden_states=target_hidden_states,
@@ -210,6 +222,11 @@ class GriffinProposer(EagleProposer):
                 answered = last_positions[i] + 2 - int(batch.num_prompt_tokens[i])
                 if answered < least:
                     most[i] = min(most[i], least - answered - 1)
+
+    def _room(self, metadata: CommonAttentionMetadata) -> int:
+        """How many draft steps the longest request can take until the head's position passes the last one."""
+        longest = min(self.runner.max_model_len, self.draft_model_config.max_model_len)
+        return max(0, longest - metadata.max_seq_len + 1)
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""

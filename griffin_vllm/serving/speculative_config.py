@@ -119,9 +119,14 @@ def resolve(
     _check_fit(head, target, parallel)
     check_values(head)
     given = {key: value for key, value in given.items() if value is not None}
-    given = {**_unsaid(given, spec_tokens, head, target), **given}
+    k_said = "num_speculative_tokens" in given or spec_tokens is not None
+    unsaid = _unsaid(given, spec_tokens, head, target)
+    given = {**unsaid, **given}
     scheduled = [k for _, _, k in given.get(SCHEDULE, [])]
-    k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, scheduled, head, target)
+    k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, scheduled, head)
+    _check_speculative_tokens(
+        k, scheduled, target, "speculative_config" if k_said else _source_of_k(unsaid, head)
+    )
     _warn_of_emulation(target)
     folder = cached_served_layout(head, Path(envs.VLLM_CACHE_ROOT) / "griffin")
     passed_on = {key: value for key, value in given.items() if key in _PASSED_ON}
@@ -145,7 +150,7 @@ def _unsaid(
     if tuning is not None:
         return {**tuning.speculative_config(), STOP_PROBABILITY: tuning.draft_stop_probability}
     path = tuning_file(head)
-    if path.is_file():
+    if exists_here(str(path)):
         other = "it was measured with other weights, another machine, vLLM or precision"
         logger.info(
             "%s is not used: %s", path, "the number of drafts or the lookup is given" if asked else other
@@ -305,9 +310,12 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
             raise GriffinError.at(where, name, size, f"a number that tensor_parallel_size={ranks} divides")
 
 
-def _speculative_tokens(
-    in_config: Any, flag: Any, scheduled: Sequence[int], head: Head, target: ModelConfig
-) -> int:
+def _source_of_k(unsaid: Mapping[str, Any], head: Head) -> Path:
+    """The file that says K where the operator does not."""
+    return tuning_file(head) if "num_speculative_tokens" in unsaid else head.folder / CONFIG_FILE
+
+
+def _speculative_tokens(in_config: Any, flag: Any, scheduled: Sequence[int], head: Head) -> Any:
     """K: what is asked for, else the most that the schedule asks for, else what the head recommends."""
     recommended = head.config.num_speculative_tokens
     # `vllm serve HEAD` puts the head's own recommendation into the config; a flag overrides that.
@@ -318,19 +326,17 @@ def _speculative_tokens(
         )
     in_config = None if scheduled and in_config == recommended else in_config
     recommended = max(1, *scheduled) if scheduled else recommended
-    k: Any = next((value for value in (flag, in_config) if value is not None), recommended)
+    return next((value for value in (flag, in_config) if value is not None), recommended)
+
+
+def _check_speculative_tokens(
+    k: Any, scheduled: Sequence[int], target: ModelConfig, where: str | Path
+) -> None:
     limit = min(MAX_SPECULATIVE_TOKENS, target.max_model_len - 1)
     if type(k) is not int or not 0 < k <= limit:
-        asked = flag is not None or in_config is not None
-        raise GriffinError.at(
-            "speculative_config" if asked else head.folder / CONFIG_FILE,
-            "num_speculative_tokens",
-            k,
-            f"a whole number from 1 to {limit}",
-        )
+        raise GriffinError.at(where, "num_speculative_tokens", k, f"a whole number from 1 to {limit}")
     if scheduled and max(scheduled) > k:
         # vLLM would cut it without a word
         raise GriffinError.at(
             "speculative_config", SCHEDULE, max(scheduled), f"at most num_speculative_tokens, which is {k}"
         )
-    return k

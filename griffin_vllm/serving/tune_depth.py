@@ -107,7 +107,7 @@ def record_chains(engine: LLMEngine) -> bool:
 
 
 def chains(engine: LLMEngine, rounds: Iterator[tuple[float, list[int]]]) -> list[Chain]:
-    """The chains of one answer, whose rounds ``tune.decode`` goes through."""
+    """The chains of one answer, whose rounds ``tune_engine.decode`` goes through."""
     engine.collective_rpc(_recorded)
     taken = [(emitted, 1000 * seconds) for seconds, [emitted] in rounds]
     drafted = engine.collective_rpc(_recorded)[0]

@@ -102,7 +102,7 @@ def predicted_speed(point: Point) -> float:
 def tuning_file(head: Head) -> Path:
     """Where the tuning of ``head`` is: what ``GRIFFIN_TUNING`` names, or ``tuning.json`` beside it."""
     named = os.environ.get(TUNING_VARIABLE)
-    return Path(named) if named else head.folder / TUNING_FILE
+    return Path(named).expanduser() if named else head.folder / TUNING_FILE
 
 
 def read_tuning(head: Head, precision: str) -> Tuning | None:
@@ -112,13 +112,13 @@ def read_tuning(head: Head, precision: str) -> Tuning | None:
         GriffinError: the file is damaged, or missing though ``GRIFFIN_TUNING`` names it.
     """
     path = tuning_file(head)
-    if not path.is_file():
-        if path == head.folder / TUNING_FILE:
-            return None
-        raise GriffinError.at(
-            "environment", TUNING_VARIABLE, str(path), "a file that `griffin tune --out` wrote"
-        )
     try:
+        if not path.is_file():
+            if path == head.folder / TUNING_FILE:
+                return None
+            raise GriffinError.at(
+                "environment", TUNING_VARIABLE, str(path), "a file that `griffin tune --out` wrote"
+            )
         tuning = Tuning.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise GriffinError(

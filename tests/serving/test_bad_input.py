@@ -468,6 +468,19 @@ def test_a_griffin_head_under_another_method_is_refused(models: Path, method: st
         configure(models, spec_method=method, spec_model=str(models / "head"), spec_tokens=2)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_published_head_under_another_method_is_refused(models: Path, tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "head"
+    tensors = load_file(models / "head" / "model.safetensors")
+    tiny.write_reference_layout(folder, tiny.CONFIG, tensors)
+    (pickle,) = folder.glob("*.bin")
+    if file == "model.safetensors":
+        pickle.unlink()
+        save_file(tensors, folder / file)
+    with pytest.raises(GriffinError, match=r"is a GRIFFIN head, given with .*; use griffin:"):
+        configure(models, spec_method="eagle", spec_model=str(folder), spec_tokens=2)
+
+
 @pytest.mark.parametrize("k", [0, 129, 2.5, float("inf"), "three", True, [3]])
 def test_numbers_of_draft_tokens_that_cannot_be(models: Path, k: Any) -> None:
     speculation = {"method": "griffin", "model": str(models / "head"), "num_speculative_tokens": k}

@@ -200,6 +200,54 @@ def test_the_parts_of_a_long_prompt_are_not_drafted_for_and_written_as_the_whole
     torch.testing.assert_close(*caches)
 
 
+def test_near_the_maximum_length_every_step_is_the_proposers_and_its_drafts_become_fewer(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from griffin_vllm.serving.model import GriffinModel
+    from griffin_vllm.serving.proposer import GriffinProposer
+
+    steps, drafts, positions = [], [], []
+    model_forward, propose, head_forward = (
+        GPUModelRunner._model_forward,
+        GriffinProposer.propose,
+        GriffinModel.forward,
+    )
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return model_forward(self, *args, **kwargs)
+
+    def proposed(self: Any, **step: Any) -> Any:
+        # vLLM's loop counts on in it
+        length = int(step["common_attn_metadata"].max_seq_len)
+        found = propose(self, **step)
+        drafts.append((length, max(map(len, found), default=0)))
+        return found
+
+    def seen(self: Any, input_ids: torch.Tensor, at: torch.Tensor, hidden_states: torch.Tensor) -> Any:
+        positions.append(int(at.max()))
+        return head_forward(self, input_ids, at, hidden_states)
+
+    head = tiny.write_uncertain_head(tmp_path / "head", tiny.CONFIG)
+    parameters = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (36, 70)]
+    with engine(model=target, spec_model=f"griffin:{head}", spec_tokens=K, max_model_len=96) as llm:
+        monkeypatch.setattr(GPUModelRunner, "_model_forward", counted)
+        monkeypatch.setattr(GriffinProposer, "propose", proposed)
+        monkeypatch.setattr(GriffinModel, "forward", seen)
+        answers = llm.generate(["a" * 60, "hello"], parameters, use_tqdm=False)
+    assert [len(answer.outputs[0].token_ids) for answer in answers] == [36, 70]
+    assert len(drafts) == len(steps)
+    assert max(positions) < 96
+    near = [(length, most) for length, most in drafts if length > 96 - K + 1]
+    assert near
+    assert all(most <= 96 - length + 1 for length, most in near)
+    # the other request goes on alone as it was drafted for before
+    assert drafts[-2][1] == K
+
+
 def test_of_two_tokens_for_one_place_in_the_cache_the_later_one_is_written() -> None:
     from griffin_vllm.serving.postponed import PostponedWrites
 

@@ -165,6 +165,14 @@ def test_a_file_that_the_environment_names_is_used_in_place_of_the_one_beside_th
     assert read_tuning(open_head(head), "float32") == tuning(head, num_speculative_tokens=2)
 
 
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(
+    head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TUNING_VARIABLE, "x" * 300)
+    with pytest.raises(GriffinError, match=r"x: is not a tuning \(File name too long\)"):
+        read_tuning(open_head(head), "float32")
+
+
 @pytest.mark.parametrize("name", ["/dev/null", "missing/tuning.json"])
 def test_what_could_not_be_replaced_is_refused_before_anything_is_measured(name: str, tmp_path: Path) -> None:
     with pytest.raises(GriffinError, match=f"{name}: .*; see --out"):
@@ -332,6 +340,16 @@ def test_bad_input_is_one_line_before_an_engine_starts(
     assert done.stderr.count("\n") == 1
     assert re.match(f"error: .*{message}", done.stderr), done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_engine_that_does_not_start_is_one_line(tmp_path: Path, head: Path) -> None:
+    target = tmp_path / "target"
+    tiny.write_target(target)
+    options = "--kv-cache-memory-bytes 1024 --batch-sizes 1 --tokens 8 --enforce-eager"
+    options += " --distributed-executor-backend uni"
+    done = CliRunner().invoke(app, ["tune", str(target), str(head), *options.split()])
+    assert done.exit_code == 2, done.exception
+    assert re.search("^error: griffin tune: the engine does not start .*[Mm]emory", done.stderr, re.MULTILINE)
 
 
 def test_the_v2_runner_of_a_mocked_gpu_is_refused_before_an_engine_starts(
