@@ -217,8 +217,7 @@ def conversation(record: object) -> Conversation:
         digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
         name, by_id = digest if name is None else f"{name}-{digest}", kept[0].content
     else:
-        fragment = _SHAREGPT_FRAGMENT.fullmatch(name)
-        by_id = fragment[1] if fragment else name
+        by_id = _family(name)
     return Conversation(name, _sound(family) if isinstance(family, str) and family else by_id, turns)
 
 
@@ -226,6 +225,11 @@ def _name(record: Mapping[str, Any]) -> str | None:
     """The id of a record as it says it, or None."""
     found = _given(record, "id", "question_id")
     return None if found in (None, "") else _sound(str(found))
+
+
+def _family(name: str) -> str:
+    fragment = _SHAREGPT_FRAGMENT.fullmatch(name)
+    return fragment[1] if fragment else name
 
 
 def _sound(text: str) -> str:
@@ -245,10 +249,24 @@ def without_trailing_user_turn(found: Conversation) -> Conversation:
     return replace(found, turns=turns)
 
 
-def known_as(paths: Sequence[Path]) -> set[str]:
-    """All that the conversations in files are `Conversation.known_as`."""
-    records = (record for path in paths for record in read_source(str(path)))
-    return {name for record in records if isinstance(record, Conversation) for name in record.known_as}
+def names_to_exclude(paths: Sequence[Path]) -> set[str]:
+    """All that the conversations in files are `Conversation.known_as`; of a record that cannot be used its id.
+
+    Raises:
+        GriffinError: a file cannot be read, or names none.
+    """
+    names: set[str] = set()
+    for path in paths:
+        found: set[str] = set()
+        for record in read_source(str(path)):
+            if isinstance(record, Conversation):
+                found |= record.known_as
+            elif record.id is not None and not record.id.isdecimal():
+                found.add(_family(record.id))
+        if not found:
+            raise GriffinError(f"{path}: names no conversation to exclude")
+        names |= found
+    return names
 
 
 def _convert(record: object, source: str, index: int) -> Record:
@@ -339,10 +357,11 @@ def _records(file: IO[bytes]) -> Iterator[object]:
 def _chunks(file: IO[bytes]) -> Iterator[bytes | RecordError]:
     start = file.read(2)
     file.seek(0)
-    stream = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
+    # as it comes: what was decompressed before the damage would be lost in a chunk that is being filled
+    read = gzip.GzipFile(fileobj=file).read1 if start == b"\x1f\x8b" else file.read
     while True:
         try:
-            chunk = stream.read(_CHUNK)
+            chunk = read(_CHUNK)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             yield RecordError("the compressed file is damaged or ends early from here on")
             return
@@ -352,20 +371,29 @@ def _chunks(file: IO[bytes]) -> Iterator[bytes | RecordError]:
 
 
 def _line_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
-    rest = b""
+    # of the line that goes on in the next chunk; of one that is too long only its length
+    parts: list[bytes] = []
+    size = 0
     for chunk in chunks:
         if isinstance(chunk, RecordError):
             yield chunk
             return
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            if line.strip():
-                yield _line_record(line)
-    if rest.strip():
-        yield _line_record(rest)
+        *ends, beginning = chunk.split(b"\n")
+        for end in ends:
+            line = b"".join([*parts, end])
+            if size > MAX_RECORD or line.strip():
+                yield _line_record(line, size + len(end))
+            parts, size = [], 0
+        size += len(beginning)
+        parts = [*parts, beginning] if size <= MAX_RECORD else []
+    line = b"".join(parts)
+    if size > MAX_RECORD or line.strip():
+        yield _line_record(line, size)
 
 
-def _line_record(line: bytes) -> object:
+def _line_record(line: bytes, size: int) -> object:
+    if size > MAX_RECORD:
+        return RecordError(f"a line of more than {MAX_RECORD >> 20} MiB")
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

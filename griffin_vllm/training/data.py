@@ -38,7 +38,7 @@ from griffin_vllm.training.conversations import (
     RecordError,
     Skipped,
     check_source,
-    known_as,
+    names_to_exclude,
     read_source,
     without_trailing_user_turn,
 )
@@ -221,7 +221,7 @@ def prepare(
             "a new folder, or one with nothing but a token dataset, which is replaced",
         )
     chat = ChatTarget.load(target)
-    excluded = known_as(exclude)
+    excluded = names_to_exclude(exclude)
     try:
         with (
             Progress(console=console or Console(stderr=True), transient=True) as progress,

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import write_whole
+from griffin_vllm.files import read_json, write_whole
 from griffin_vllm.training.data import TokenDataset, dataset_digest
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
@@ -42,6 +42,8 @@ class CacheManifest:
 
     ``target_weights`` (:func:`target_digest`) tells targets apart, whatever their names. Where it is None, as for a Hub
     id and in caches that are older than the field, ``target`` does: the Hub id, or the name of the folder.
+    ``target_config`` (:func:`target_config_digest`) tells of other positions or layers over the same weights; where it
+    is None, nothing does.
     """
 
     target: str
@@ -51,6 +53,7 @@ class CacheManifest:
     top_k: int
     lengths: list[int]
     target_weights: str | None = None
+    target_config: str | None = None
 
     @classmethod
     def of(cls, target: Path, hf_config: PreTrainedConfig, data: TokenDataset, top_k: int) -> CacheManifest:
@@ -64,6 +67,7 @@ class CacheManifest:
             top_k=top_k,
             lengths=data.lengths.tolist(),
             target_weights=digest,
+            target_config=target_config_digest(target),
         )
 
     def size_in_bytes(self) -> int:
@@ -82,10 +86,15 @@ class CacheManifest:
         """Whether a cache with the manifest ``stored`` (JSON) is the one that this manifest asks for."""
         if not isinstance(stored, dict):
             return False
-        wanted, found = asdict(self), {"target_weights": None, **stored}
-        unknown = None in (wanted["target_weights"], found["target_weights"])
-        ignored = "target_weights" if unknown else "target"
-        return wanted | {ignored: None} == found | {ignored: None}
+        wanted, found = asdict(self), {"target_weights": None, "target_config": None, **stored}
+
+        def unknown(digest: str) -> bool:
+            return None in (wanted[digest], found[digest])
+
+        ignored = {"target_weights" if unknown("target_weights") else "target": None}
+        if unknown("target_config"):
+            ignored["target_config"] = None
+        return wanted | ignored == found | ignored
 
 
 class FeatureCache:
@@ -173,12 +182,17 @@ def write_cache(
         check_caches({folder: manifest})
         text = json.dumps(asdict(manifest))
         write_whole(folder / MANIFEST, text)
-        write_whole(folder / SHARED, lambda path: save_file(_shared_tensors(target.shared), path))
+        _write_tensors(folder / SHARED, _shared_tensors(target.shared))
     for shard, run in list(enumerate(shards(manifest.lengths)))[rank::ranks]:
         if not _shard_path(folder, shard).is_file():
             tensors = _compute(target, [tokens[i] for i in run], manifest.top_k, batch_tokens)
-            write_whole(_shard_path(folder, shard), partial(save_file, tensors))
+            _write_tensors(_shard_path(folder, shard), tensors)
         progress(sum(manifest.lengths[i] for i in run))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # save_file would leave a file with a name of its own, as large as a shard, behind each process that is killed
+    write_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors)))
 
 
 def _shared_tensors(shared: SharedWeights) -> dict[str, Tensor]:
@@ -238,6 +252,21 @@ def target_digest(folder: Path) -> str | None:
         except OSError as error:
             raise GriffinError(f"{path}: cannot be read ({GriffinError.reason(error)})") from error
     return digest.hexdigest()
+
+
+def target_config_digest(folder: Path) -> str | None:
+    """A digest of what a target's ``config.json`` says of the model; None where ``folder`` has none (a Hub id).
+
+    Raises:
+        GriffinError: the file is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    # written anew by every library that saves the model
+    of_no_matter = {"_name_or_path", "transformers_version"}
+    config = {name: value for name, value in read_json(path).items() if name not in of_no_matter}
+    return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def is_complete(folder: Path, manifest: CacheManifest) -> bool:

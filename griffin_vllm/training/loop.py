@@ -49,7 +49,7 @@ from griffin_vllm.training.features import (
 )
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.plan import PlannedStep, plan_steps
-from griffin_vllm.training.run_folder import claim_output, with_precision
+from griffin_vllm.training.run_folder import claim_output, only_run_in, with_precision
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.sizes import head_config
@@ -90,7 +90,7 @@ class Trainer:
     """One run, from a validated config to an exported head."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Load data and features and build the head.
+        """Load data and features and build the head; of a finished run only what tells that it is this one.
 
         Raises:
             GriffinError: data, target and settings do not fit each other, or ``output`` holds another run.
@@ -118,6 +118,8 @@ class Trainer:
         self.vocabulary = self._draft_vocabulary(chat)
         with self.accelerator.main_process_first():
             claim_output(config, self.start)
+        if self.exported.is_dir():
+            return
         self.train_source, self.validation_source, shared = self._sources()
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         if self.vocabulary is not None:
@@ -141,11 +143,15 @@ class Trainer:
 
         Raises:
             Interrupted: a signal arrived.
-            GriffinError: the loss is not finite, or a checkpoint cannot be written.
+            GriffinError: the loss is not finite, a checkpoint cannot be written, or another process trains there.
         """
         if self.exported.is_dir():
             self.console.print(f"the run is finished; head in {self.exported}")
             return self.exported
+        with only_run_in(self.config.output) if self.accelerator.is_main_process else nullcontext():
+            return self._train()
+
+    def _train(self) -> Path:
         config = self.config
         steps = DraftSteps(
             self.head,
@@ -169,6 +175,15 @@ class Trainer:
         saved_at = time.monotonic()
         with stop_signals() as stop, self._progress(done) as progress:
             while done < len(self.plan):
+                # at the head of the loop: a launcher kills processes that do not end within seconds of its signal, and
+                # a run that was stopped before it could validate does so when it goes on
+                if (
+                    self.answers
+                    and done
+                    and done % config.validate_every == 0
+                    and not log.has("validation", done)
+                ):
+                    log.write("validation", done, acceptance_row(self.validate()))
                 losses = self._optimise(model, optimizer, done)
                 done += 1
                 speed = progress(done, losses)
@@ -176,15 +191,14 @@ class Trainer:
                     log.write("train", done, losses | {"tokens_per_second": speed})
                 due = time.monotonic() - saved_at > 60 * config.checkpoint_minutes
                 wish = self._strongest(Wish.STOP if stop else Wish.SAVE if due else Wish.GO_ON)
-                if wish is not Wish.GO_ON:
+                if wish is not Wish.GO_ON or done == len(self.plan):
                     saved_at = time.monotonic()
                     self._save(optimizer, done)
                 if wish is Wish.STOP:
                     raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
-                # after a stop: a launcher kills the processes that do not end within seconds of its signal
-                if self.answers and done % config.validate_every == 0 and done < len(self.plan):
-                    log.write("validation", done, acceptance_row(self.validate()))
-        self._save(optimizer, done)
+            if stop:
+                # while the last checkpoint was written
+                raise Interrupted(stop[0], done)
         acceptance = self.validate() if self.answers else None
         # a run that was killed before its head was written has its last row
         if acceptance is not None and not log.has("validation", done):
@@ -193,14 +207,16 @@ class Trainer:
 
     def validate(self) -> Acceptance:
         """Greedy chains simulated on the first greedy answers of the validation split."""
-        batches = (
-            self._restricted(
-                make_batch(self.validation_data, self.validation_source, samples, noise=0.0, seed=0)
-            )
-            for samples in self.answers
-        )
         with self.accelerator.autocast():
+            batches = self._validation_batches()
             return simulate(self.head, self.shared, batches, self.head_config.num_speculative_tokens)
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        for samples in self.answers:
+            # a target in the loop has a precision of its own
+            with torch.autocast(self.device.type, enabled=False):
+                batch = make_batch(self.validation_data, self.validation_source, samples, noise=0.0, seed=0)
+            yield self._restricted(batch)
 
     def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
         """Optimiser step ``index`` of the plan; returns its losses, averaged over micro-batches.
@@ -235,9 +251,10 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float, index: int) -> None:
         if not math.isfinite(value):
+            kept = latest_checkpoint(self.checkpoints)
             raise GriffinError(
                 f"{self.config.output}: the {what} is {value} at step {index + 1}; "
-                f"the last good checkpoint is {latest_checkpoint(self.checkpoints)}"
+                + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet")
             )
 
     def _shares(self, planned: PlannedStep) -> list[float]:

@@ -31,11 +31,21 @@ from griffin_vllm.training.conversations import (
     Conversation,
     Skipped,
     check_source,
-    known_as,
+    names_to_exclude,
     read_source,
 )
 
-_RETRIED = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+
+class _NoCompletion(Exception):  # noqa: N818 - one of the answers that an endpoint gives
+    """A reply that is no chat completion, as a proxy's may be while the endpoint behind it starts anew."""
+
+
+_RETRIED = (
+    openai.APIConnectionError,
+    openai.RateLimitError,
+    openai.InternalServerError,
+    _NoCompletion,
+)
 _LONGEST_PAUSE = 30.0
 # Of every line that is written here.
 _BEGINNING = b'{"id": '
@@ -87,7 +97,7 @@ def regenerate(
     """Answer the user turns of ``sources`` and append the conversations to ``out``.
 
     Conversations that ``out`` holds already are not asked again. Those that an endpoint refuses (too long,
-    for instance) are listed in ``out`` with the suffix ``.skipped.jsonl`` and not asked again either.
+    for instance) are listed in a file beside ``out`` whose name ends in ``.skipped.jsonl``, and not asked again either.
     ``limit``: use only the first so many conversations. ``exclude``: files of conversations that must not be
     used, with all of their families.
 
@@ -96,7 +106,9 @@ def regenerate(
             answered by then is kept.
     """
     _check(settings)
-    refused = out.with_suffix(".skipped.jsonl")
+    if not out.name:
+        raise GriffinError.at("griffin data regenerate", "--out", str(out), "the name of a file")
+    refused = out.with_name(f"{out.name.removesuffix('.jsonl')}.skipped.jsonl")
     for source in (*sources, *map(str, exclude)):
         check_source(source)
         for path in (out, refused):
@@ -104,7 +116,7 @@ def regenerate(
                 raise GriffinError.at(
                     "griffin data regenerate", "--out", str(out), f"another file than {source}, which is read"
                 )
-    excluded = known_as(exclude)
+    excluded = names_to_exclude(exclude)
     prompts: dict[str, Conversation] = {}
     skipped: Counter[str] = Counter()
     for source in sources:
@@ -199,6 +211,8 @@ class _Run:
         except openai.APIError as error:
             reason = error.__cause__ or error
             raise GriffinError(f"{url}: does not answer chat completions ({reason})") from error
+        except _NoCompletion as error:
+            raise GriffinError(f"{url}: {error} (does it end in /v1?)") from error
         endpoint.gives_token_ids = endpoint.gives_token_ids and _token_ids(response.choices[0]) is not None
 
     async def _models(self, endpoint: _Endpoint) -> str:
@@ -223,7 +237,7 @@ class _Run:
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 reason = f"refused by the endpoint: {error.message}"
                 break
-            except openai.APIError as error:
+            except (openai.APIError, _NoCompletion) as error:
                 self._failed(error)
                 return
             content = choice.message.content
@@ -286,18 +300,19 @@ class _Run:
     async def _ask(
         self, endpoint: _Endpoint, messages: list[dict[str, str]], temperature: float, max_tokens: int
     ) -> ChatCompletion:
-        response = await endpoint.client.chat.completions.create(
-            model=self.settings.model,
-            messages=messages,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            # vLLM's extension: vllm/entrypoints/openai/chat_completion/protocol.py
-            extra_body={"return_token_ids": True} if endpoint.gives_token_ids else None,
-        )
-        if not isinstance(response, ChatCompletion) or not response.choices:
-            raise GriffinError(
-                f"{endpoint.client.base_url}: is no OpenAI-compatible endpoint (does it end in /v1?)"
+        try:
+            response = await endpoint.client.chat.completions.create(
+                model=self.settings.model,
+                messages=messages,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                # vLLM's extension: vllm/entrypoints/openai/chat_completion/protocol.py
+                extra_body={"return_token_ids": True} if endpoint.gives_token_ids else None,
             )
+        except ValueError as error:  # a body that is not the JSON that its header promises
+            raise _NoCompletion(f"is no OpenAI-compatible endpoint ({error})") from error
+        if not isinstance(response, ChatCompletion) or not response.choices:
+            raise _NoCompletion("is no OpenAI-compatible endpoint")
         return response
 
     def _temperature(self, prompt: Conversation) -> float:
@@ -321,6 +336,8 @@ class _appending:  # noqa: N801 - a context manager
         try:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self.file.fileno()).st_nlink == 0:
+                    raise BlockingIOError("removed since it was opened, by a run that ended")
             except BlockingIOError as error:
                 raise GriffinError(f"{self.path}: another run is writing to it") from error
             return self.file, self._read()
@@ -329,10 +346,10 @@ class _appending:  # noqa: N801 - a context manager
             raise
 
     def __exit__(self, *error: object) -> None:
-        empty = self.file.seek(0, os.SEEK_END) == 0
-        self.file.close()
-        if empty:
+        # while the lock is held: a run that opens it next must find it, or make its own
+        if self.file.seek(0, os.SEEK_END) == 0:
             self.path.unlink()
+        self.file.close()
 
     def _read(self) -> set[str]:
         ids: set[str] = set()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,10 @@ from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
-from griffin_vllm.training.features import target_digest
+from griffin_vllm.training.features import target_config_digest, target_digest
 from griffin_vllm.training.training_state import latest_checkpoint
 
-SETTINGS, INPUTS = "config.json", "inputs.json"
+SETTINGS, INPUTS, LOCK = "config.json", "inputs.json", ".lock"
 REMEDY = "name another output folder"
 # What may differ when a run goes on: the weights that it ends with do not depend on it.
 MAY_CHANGE = {"output", "validate_every", "validation_samples", "checkpoint_minutes"}
@@ -40,7 +43,8 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
     inputs is refused, unless that run never trained a step.
 
     ``start``: the head of ``init_from``. Paths may change where digests tell that what lies behind them is the same. A
-    folder that does not say its inputs, as older ones do not, is taken at its settings' word.
+    folder that does not say its inputs, as older ones do not, is taken at its settings' word. That of a finished run is
+    left as it is.
 
     Raises:
         GriffinError: another run's folder (the first difference is named), or it cannot be written.
@@ -54,13 +58,36 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
         old, new = (one.model_dump(mode="json", exclude=may_change) for one in (before, config))
         check_same(path, old, new, REMEDY)
         if stored:
-            check_same(inputs, stored, found, REMEDY)
+            # a digest that is younger than the run is not among those that it has stored
+            check_same(
+                inputs, stored, {name: digest for name, digest in found.items() if name in stored}, REMEDY
+            )
+    if before is not None and (config.output / "head").is_dir():
+        return
     try:
         config.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GriffinError(f"{config.output}: cannot be written ({GriffinError.reason(error)})") from error
     _write_unless_same(path, json.dumps(config.model_dump(mode="json"), indent=2))
     _write_unless_same(inputs, json.dumps(found, indent=2))
+
+
+@contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Keep every other process from training in ``output`` meanwhile.
+
+    Raises:
+        GriffinError: one is doing that, or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context((output / LOCK).open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise GriffinError(f"{output}: another run is training in it") from error
+        except OSError as error:
+            raise GriffinError(f"{output}: cannot be written ({GriffinError.reason(error)})") from error
+        yield
 
 
 def _settings_before(config: TrainConfig) -> TrainConfig | None:
@@ -93,5 +120,6 @@ def input_digests(config: TrainConfig, start: Head | None) -> dict[str, str | No
     return {
         "data": dataset_digest(config.data),
         "target": target_digest(config.target),
+        "target_config": target_config_digest(config.target),
         "init_from": None if start is None else weights_digest(start.weights),
     }

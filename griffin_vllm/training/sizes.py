@@ -29,9 +29,12 @@ def head_config(config: TrainConfig, target: Any, longest_sample: int, start: He
                 "settings", name, wanted, f"null, or {sizes[name]} as {config.init_from} has it"
             )
         sizes[name] = wanted
-    if start is None:
-        # above temperature 0 sampled drafts are accepted far more often (benchmarks/README.md)
+    if start is None or not start.is_served_layout:
+        # nobody has said otherwise: above temperature 0 they are accepted far more often (benchmarks/README.md)
         sizes["draft_sample_method"] = "probabilistic"
+    if longest_sample > (sizes.get("draft_context_limit") or longest_sample):
+        # where the head from before stopped to pay is not where this one does
+        sizes["draft_context_limit"] = None
     provenance = {
         "draft_vocab_size": config.draft_vocab or sizes["draft_vocab_size"],
         "target": config.target_name or str(config.target),

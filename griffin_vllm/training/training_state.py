@@ -49,9 +49,8 @@ def save_checkpoint(folder: Path, state: TrainingState) -> Path:
         SafetensorError,
     ) as error:  # torch.save's error for a full disk is the second
         kept = latest_checkpoint(folder)
-        raise GriffinError(
-            f"{path}: cannot be written ({GriffinError.reason(error)}); the last good one is {kept}"
-        ) from error
+        remains = f"the last good one is {kept}" if kept else "there is none before it"
+        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)}); {remains}") from error
     # the second are what a process that was killed while it wrote has left
     for old in (*_checkpoints(folder)[:-KEEP], *folder.glob(".step-*")):
         shutil.rmtree(old)
