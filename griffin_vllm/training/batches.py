@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.features import FeatureCache
-from griffin_vllm.training.target import SoftTargets, Target, soft_targets
+from griffin_vllm.training.sources import Source
+from griffin_vllm.training.target import SoftTargets
 
 
 @dataclass(frozen=True)
@@ -49,36 +47,6 @@ class Batch:
 
     def without_loss(self) -> Batch:
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
-
-
-class Source(Protocol):
-    """Where features and soft targets of a data set's samples come from."""
-
-    def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
-        """For each sample f (L, d) and the distributions after each position (L, k)."""
-
-
-class CachedSource:
-    """Features from disk."""
-
-    def __init__(self, cache: FeatureCache) -> None:
-        self.cache = cache
-
-    def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
-        return [self.cache[sample] for sample in samples]
-
-
-class TargetSource:
-    """Features from the target in the loop."""
-
-    def __init__(self, target: Target, top_k: int) -> None:
-        self.target, self.top_k = target, top_k
-
-    def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
-        hidden = self.target.hidden_states(pad_sequence(list(tokens), batch_first=True))
-        rows = [hidden[i, : len(ids)] for i, ids in enumerate(tokens)]
-        shared = self.target.shared
-        return [(f, soft_targets(f, shared.lm_head, self.top_k, shared.logit_softcap)) for f in rows]
 
 
 def make_batch(

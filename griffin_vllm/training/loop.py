@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import IntEnum
-from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,26 +34,20 @@ from griffin_vllm.checkpoint import (
 )
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
-from griffin_vllm.training.batches import Batch, CachedSource, Source, TargetSource, make_batch
+from griffin_vllm.training.batches import Batch, make_batch
 from griffin_vllm.training.chat import ChatTarget
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
-from griffin_vllm.training.features import (
-    CacheManifest,
-    FeatureCache,
-    check_caches,
-    is_complete,
-    write_cache,
-)
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.plan import PlannedStep, plan_steps
 from griffin_vllm.training.run_folder import claim_output, only_run_in, with_precision
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.sizes import head_config
+from griffin_vllm.training.sources import open_sources
 from griffin_vllm.training.steps import DraftSteps, StepWeights
-from griffin_vllm.training.target import SharedWeights, Target, target_config
+from griffin_vllm.training.target import target_config
 from griffin_vllm.training.training_state import (
     TrainingState,
     latest_checkpoint,
@@ -120,7 +113,15 @@ class Trainer:
             claim_output(config, self.start)
         if self.exported.is_dir():
             return
-        self.train_source, self.validation_source, shared = self._sources()
+        self.train_source, self.validation_source, shared = open_sources(
+            config,
+            self.hf_config,
+            self.train_data,
+            self.validation_data,
+            self.soft_target_tokens,
+            self.accelerator,
+            self.console,
+        )
         self.shared = shared.to(self.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
         if self.vocabulary is not None:
             self.shared = self.vocabulary.restrict_weights(self.shared)
@@ -299,49 +300,6 @@ class Trainer:
     def _strongest(self, wish: Wish) -> Wish:
         wishes = self.accelerator.gather(torch.tensor([int(wish)], device=self.device))
         return Wish(int(wishes.max()))
-
-    def _sources(self) -> tuple[Source, Source, SharedWeights]:
-        config = self.config
-        if config.features is None:
-            target = Target(config.target, self.device)
-            source = TargetSource(target, self.soft_target_tokens)
-            return source, source, target.shared
-        splits = {config.features / data.split: data for data in (self.train_data, self.validation_data)}
-        manifests = {
-            folder: CacheManifest.of(config.target, self.hf_config, data, self.soft_target_tokens)
-            for folder, data in splits.items()
-        }
-        check_caches(manifests)
-        load = cache(lambda: Target(config.target, self.device))
-        train, validation = (
-            self._cache(folder, data, manifests[folder], load) for folder, data in splits.items()
-        )
-        return CachedSource(train), CachedSource(validation), train.shared_weights()
-
-    def _cache(
-        self, folder: Path, data: TokenDataset, manifest: CacheManifest, load: Callable[[], Target]
-    ) -> FeatureCache:
-        """Open a feature cache, writing it first (each process its shards) where it is not complete."""
-        accelerator = self.accelerator
-        complete = torch.tensor([is_complete(folder, manifest)], device=self.device)
-        if not accelerator.gather(complete).all():
-            size = manifest.size_in_bytes() / 1e9
-            self.console.print(f"writing {size:.1f} GB of target features to {folder}")
-            with Progress(console=self.console) as progress:
-                task = progress.add_task(
-                    f"features, {data.split}", total=sum(manifest.lengths) / accelerator.num_processes
-                )
-                write_cache(
-                    folder,
-                    load(),
-                    [data[i][0] for i in range(len(data))],
-                    manifest,
-                    lambda count: progress.advance(task, count),
-                    rank=accelerator.process_index,
-                    ranks=accelerator.num_processes,
-                )
-            accelerator.wait_for_everyone()
-        return FeatureCache(folder, manifest)
 
     def _draft_vocabulary(self, chat: ChatTarget) -> DraftVocabulary | None:
         config, chosen = self.config, None

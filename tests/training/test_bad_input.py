@@ -166,6 +166,7 @@ def test_data_that_cannot_be_prepared(here: Path, name: str) -> None:
         ("--loop-threshold", "nan", "--loop-threshold is nan, expected from 0 to 1"),
         ("--out", "talks.jsonl/out", "talks.jsonl/out: cannot be written (File exists)"),
         ("--exclude", "nowhere.json", "nowhere.json: there is no such file or folder"),
+        ("--exclude", "target/config.json", "target/config.json: names no conversation to exclude"),
     ],
 )
 def test_options_of_prepare_that_cannot_be(here: Path, option: str, value: str, message: str) -> None:

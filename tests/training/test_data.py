@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +212,30 @@ def test_gzip_file_that_ends_early_gives_what_was_read() -> None:
     assert all(isinstance(f, Conversation) for f in found)
     assert isinstance(last, Skipped)
     assert "ends early" in last.reason
+
+
+@pytest.mark.parametrize(("records", "share"), [(800, 0.99), (3000, 0.5), (3000, 0.98)])
+def test_all_that_a_damaged_gzip_file_still_holds_is_read(records: int, share: float) -> None:
+    rng = np.random.default_rng(0)
+    data = gzip.compress(jsonl(*(sharegpt(f"{i}", rng.bytes(100).hex(), "b") for i in range(records))))
+    cut = data[: int(len(data) * share)]
+    *found, last = read(cut)
+    assert len(found) == zlib.decompressobj(31).decompress(cut).count(b"\n")
+    assert isinstance(last, Skipped)
+    *found, last = read(gzip.compress(jsonl(sharegpt("1", "a", "b"))) + b"rest")
+    assert len(found) == 1
+    assert isinstance(last, Skipped)
+
+
+def test_line_that_is_too_long_is_skipped_and_the_next_ones_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "_CHUNK", 64)
+    monkeypatch.setattr(conversations, "MAX_RECORD", 1 << 10)
+    long, short = sharegpt("long", "a" * 2000, "b"), sharegpt("short", "a" * 900, "b")
+    for data in (jsonl(short, long, short), jsonl(short, long, short)[:-1], jsonl(short, short, long)[:-1]):
+        found = read(data)
+        reasons = [one.reason for one in found if isinstance(one, Skipped)]
+        assert reasons == ["a line of more than 0 MiB"]
+        assert len(found) == 3
 
 
 def test_conversation_is_cleaned_at_both_ends() -> None:
@@ -478,13 +503,17 @@ def test_looping_answers_are_flagged_or_dropped(
     assert manifest.skipped == ({"the answer loops": 1} if loops == "drop" else {})
 
 
-@pytest.mark.parametrize("known_by", ["family", "first question"])
+@pytest.mark.parametrize("known_by", ["family", "first question", "family of an unusable record"])
 def test_excluded_families_are_left_out(known_by: str, target: Path, tmp_path: Path) -> None:
     records = talks(10)
     file = write_jsonl(tmp_path / "a.jsonl", *records)
     heldout = tmp_path / "heldout.json"
     question = records[3]["conversations"][0]["value"]
-    excluded = {"id": "talk003_5", "prompt": "x"} if known_by == "family" else {"id": 1, "prompt": question}
+    excluded = {
+        "family": {"id": "talk003_5", "prompt": "x"},
+        "family of an unusable record": {"id": "talk003_5"},
+        "first question": {"id": 1, "prompt": question},
+    }[known_by]
     heldout.write_text(json.dumps([excluded]))
     manifest = prepare(str(target), [str(file)], tmp_path / "out", exclude=[heldout], validation_share=0)
     assert manifest.skipped == {"excluded": 1}

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training.batches import TargetSource
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.features import (
     MANIFEST,
@@ -26,6 +26,7 @@ from griffin_vllm.training.features import (
     target_digest,
     write_cache,
 )
+from griffin_vllm.training.sources import TargetSource
 from griffin_vllm.training.target import Target, target_config
 from tests.full_disk import full_disk
 
@@ -172,6 +173,39 @@ def test_cache_of_a_target_whose_folder_was_renamed_is_read(target: Path, data: 
     renamed = Path(shutil.copytree(target, tmp_path / "renamed"))
     asked = CacheManifest.of(renamed, target_config(renamed), TokenDataset(data, "train"), 4)
     assert is_complete(tmp_path / "features", asked)
+
+
+def test_cache_of_the_same_weights_behind_another_config_is_refused(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "features", target, data)
+    other = Path(shutil.copytree(target, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(GriffinError, match="holds features of another target or data set"):
+        write(tmp_path / "features", other, data)
+    path = tmp_path / "features" / MANIFEST
+    stored = json.loads(path.read_text())
+    del stored["target_config"]
+    path.write_text(json.dumps(stored))
+    asked = CacheManifest.of(other, target_config(other), TokenDataset(data, "train"), 4)
+    assert is_complete(tmp_path / "features", asked)
+
+
+def test_a_process_that_was_killed_while_it_wrote_a_shard_leaves_nothing_behind_for_good(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("griffin_vllm.files.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, target, data)
+    manifest = write(tmp_path, target, data)
+    assert is_complete(tmp_path, manifest)
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix not in (".safetensors", ".json")]
 
 
 def test_hub_ids_of_one_model_name_do_not_share_a_cache(target: Path, data: Path, tmp_path: Path) -> None:

@@ -28,10 +28,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head, save_head
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.training import loop
+from griffin_vllm.training import sources
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.loop import Trainer
+from griffin_vllm.training.loop import Interrupted, Trainer
+from griffin_vllm.training.run_folder import only_run_in
 from griffin_vllm.training.target import Target
 from griffin_vllm.training.training_state import (
     TrainingState,
@@ -40,6 +41,7 @@ from griffin_vllm.training.training_state import (
     save_checkpoint,
 )
 from tests.full_disk import full_disk, small_disk
+from tests.serving.tiny import write_reference_layout
 from tests.training.tiny import settings, write_data
 
 
@@ -132,6 +134,79 @@ def test_finished_run_that_is_run_again_leaves_its_head_and_checkpoints_as_they_
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_finished_run_needs_neither_target_nor_features_to_say_so(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(target, data, tmp_path / "run", features=str(tmp_path / "features"))
+    head = Trainer(config).run()
+    shutil.rmtree(tmp_path / "features")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    def load(path: Path, device: torch.device) -> Target:
+        raise AssertionError("the target is loaded")
+
+    monkeypatch.setattr(sources, "Target", load)
+    assert Trainer(config.model_copy(update={"validate_every": 7})).run() == head
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_folder_in_which_a_run_trains_is_nobody_elses_meanwhile(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path)
+    trainer = Trainer(config)
+    with only_run_in(tmp_path), pytest.raises(GriffinError, match="another run is training in it"):
+        trainer.run()
+    assert not list((tmp_path / "checkpoints").glob("*"))
+    trainer.run()
+
+
+def test_run_that_is_stopped_before_a_validation_makes_it_up_when_it_goes_on(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(target, data, tmp_path, validate_every=2)
+    optimise = Trainer._optimise
+
+    def stopped(trainer: Trainer, model: Any, optimizer: Any, index: int) -> dict[str, float]:
+        found = optimise(trainer, model, optimizer, index)
+        if index + 1 == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimise", stopped)
+        with pytest.raises(Interrupted, match="stopped at step 2"):
+            Trainer(config).run()
+    Trainer(config).run()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    validated = [row["step"] for row in rows if row["kind"] == "validation"]
+    last = max(row["step"] for row in rows)
+    assert validated == sorted({*range(2, last + 1, 2), last})
+
+
+def test_signal_while_the_last_checkpoint_is_written_ends_the_run_behind_it(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(target, data, tmp_path)
+
+    def save(folder: Path, state: TrainingState) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return save_checkpoint(folder, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("griffin_vllm.training.loop.save_checkpoint", save)
+        with pytest.raises(Interrupted) as stop:
+            Trainer(config).run()
+    assert stop.value.signal == signal.SIGINT
+    assert not (tmp_path / "head").exists()
+    kept = latest_checkpoint(tmp_path / "checkpoints")
+    assert kept is not None
+    written = kept.stat().st_mtime_ns
+    assert Trainer(config).run().is_dir()
+    # nothing was left to train, so it is not written again
+    assert kept.stat().st_mtime_ns == written
+
+
 def test_validation_answers_are_greedy_ones_among_the_first_candidates(
     target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +284,7 @@ def test_target_is_loaded_once_for_the_features_of_both_splits_and_never_for_com
         loaded.append(path)
         return Target(path, device)
 
-    monkeypatch.setattr(loop, "Target", counted)
+    monkeypatch.setattr(sources, "Target", counted)
     for output in ("first", "second"):
         Trainer(settings(target, data, tmp_path / output, features=str(tmp_path / "features")))
         assert len(loaded) == 1
@@ -362,6 +437,23 @@ def test_head_that_is_continued_from_keeps_what_it_recommends_and_the_longest_co
     longest = int(other.train_data.lengths.max())
     longer = Trainer(settings(target, data, tmp_path / "fourth", **from_tuned))
     assert longer.head_config.trained_context_length == longest
+
+
+def test_what_a_head_to_continue_from_does_not_know_of_the_new_one_is_not_kept(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    first = open_head(Trainer(settings(target, data, tmp_path / "first", stages=[{"draft_steps": 1}])).run())
+    tensors = load_file(first.weights)
+    write_reference_layout(tmp_path / "published", first.config, tensors)
+    from_published = settings(target, data, tmp_path / "second", init_from=str(tmp_path / "published"))
+    # the authors' layout has no place for it
+    assert Trainer(from_published).head_config.draft_sample_method == "probabilistic"
+    for limit, kept in ((3, None), (4096, 4096)):
+        tuned = {"draft_context_limit": limit, "draft_sample_method": "greedy"}
+        save_head(tmp_path / "tuned", first.config.model_copy(update=tuned).to_served(), tensors)
+        from_tuned = settings(target, data, tmp_path / f"{limit}", init_from=str(tmp_path / "tuned"))
+        found = Trainer(from_tuned).head_config
+        assert (found.draft_context_limit, found.draft_sample_method) == (kept, "greedy")
 
 
 @pytest.mark.parametrize("kind", ["griffin", "eagle"])

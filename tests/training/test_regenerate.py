@@ -47,6 +47,7 @@ class FakeEndpoint(ThreadingHTTPServer):
         self.delay = 0.0
         self.failures: dict[str, int] = {}  # question: how often it gets a 500 first
         self.refuses_token_ids = False
+        self.odd_replies: list[tuple[str, bytes]] = []  # type and body of the next ones, behind the first
         self.model = "target"
 
     @property
@@ -101,12 +102,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.flight.change(+1)
         time.sleep(self.server.delay)
         self.server.flight.change(-1)
-        self._send(*self.server.reply(request))
+        if self.server.odd_replies and len(self.server.requests) > 1:
+            kind, data = self.server.odd_replies.pop()
+            self._send_bytes(200, kind, data)
+        else:
+            self._send(*self.server.reply(request))
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
+        self._send_bytes(status, "application/json", json.dumps(body).encode())
+
+    def _send_bytes(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -239,6 +246,19 @@ def test_failing_fake_endpoint_is_tried_again(endpoint: FakeEndpoint, tmp_path: 
     assert endpoint.questions == {"a": 3, "b": 3, "c": 1}
     endpoint.failures = {}
     assert run(tmp_path, str(tmp_path / "prompts.jsonl"), endpoint).written == 1
+
+
+@pytest.mark.parametrize(
+    "reply", [("text/html", b"<html>later"), ("application/json", b"{}"), ("application/json", b"{half")]
+)
+def test_fake_endpoint_whose_reply_is_no_completion_is_tried_again(
+    reply: tuple[str, bytes], endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path, "a", "b")
+    endpoint.odd_replies = [reply] * 2
+    summary = run(tmp_path, prompts, endpoint, attempts=3, concurrency=1)
+    assert (summary.written, summary.failed) == (2, 0)
+    assert endpoint.questions == {"a": 3, "b": 1}
 
 
 def test_fake_endpoints_share_the_work_and_concurrency_is_bounded(

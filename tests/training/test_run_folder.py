@@ -187,6 +187,25 @@ def test_run_does_not_go_on_with_another_target_of_the_same_name(
         claim_output(config)
 
 
+def test_run_does_not_go_on_where_the_targets_config_says_something_else(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(target, tmp_path / "target"))
+    config = settings(copy, data, tmp_path / "run")
+    claim_and_train(config)
+    said = stored(copy)
+    (copy / "config.json").write_text(json.dumps(said | {"transformers_version": "another"}))
+    claim_output(config)
+    (copy / "config.json").write_text(json.dumps(said | {"max_position_embeddings": 12}))
+    with pytest.raises(GriffinError, match=r"inputs\.json: target_config is "):
+        claim_output(config)
+    # as a run from before that digest has it
+    inputs = stored(config.output, "inputs.json")
+    del inputs["target_config"]
+    (config.output / "inputs.json").write_text(json.dumps(inputs))
+    claim_output(config)
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_products_are_in_bf16_only_where_the_device_does_not_emulate_it_with_a_stand_in_for_its_answer(
     monkeypatch: pytest.MonkeyPatch, native: bool
