@@ -123,17 +123,25 @@ class Run:
         return fields
 
 
-def method_name(row: dict[str, Any]) -> str:
-    """What a result row was measured with, but for the number of drafts."""
+def method_name(row: dict[str, Any], *, details: bool = True) -> str:
+    """What a result row was measured with, but for the number of drafts, and without ``details`` for what the head's
+    config asks for."""
     head = [_short(row["head"])] if row.get("head") else []
-    if "draft_vocab_size" in row:
-        head.append(f"{row['draft_vocab_size']} tokens")
-    if "draft_stop_probability" in row:
-        head.append(f"stops below {row['draft_stop_probability']:g}")
-    if "prompt_lookup_min" in row:
-        head.append(f"lookup from {row['prompt_lookup_min']}")
+    head += head_details(row) if details else []
     sampler = " probabilistic" if row.get("draft_sample_method") == "probabilistic" else ""
     return row["method"] + (f" ({', '.join(head)})" if head else "") + sampler
+
+
+def head_details(row: dict[str, Any]) -> list[str]:
+    """What a GRIFFIN head's config or tuning made of it in a result row."""
+    found = []
+    if "draft_vocab_size" in row:
+        found.append(f"{row['draft_vocab_size']} tokens")
+    if "draft_stop_probability" in row:
+        found.append(f"stops below {row['draft_stop_probability']:g}")
+    if "prompt_lookup_min" in row:
+        found.append(f"lookup from {row['prompt_lookup_min']}")
+    return found
 
 
 def _short(head: str) -> str:

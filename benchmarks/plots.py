@@ -73,7 +73,7 @@ def _name_lines(figure: Figure, panels: dict[str, Any]) -> None:
 
 def _label(row: dict[str, Any]) -> str:
     record = f", {row['record']}" if "record" in row else ""
-    return f"{method_name(row)} K={drafts(row)} T={row['temperature']:g}{record}"
+    return f"{method_name(row, details=False)} K={drafts(row)} T={row['temperature']:g}{record}"
 
 
 def _by_position(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -115,12 +115,15 @@ def _by_method(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def _by_concurrency(rows: Sequence[dict[str, Any]]) -> Figure:
     figure, panels = _panels(rows, "speedup", inches=(5.5, 3.5))
-    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[int, float, float, float]]] = {}
     for row in rows:
-        lines.setdefault((row["dataset"], _label(row)), []).append((row["concurrency"], row["speedup"]))
+        low, high = row.get("speedup_ci", [row["speedup"]] * 2)
+        point = (row["concurrency"], row["speedup"], low, high)
+        lines.setdefault((row["dataset"], _label(row)), []).append(point)
     for (name, label), points in lines.items():
-        loads, speedups = zip(*sorted(points), strict=True)
+        loads, speedups, lows, highs = zip(*sorted(points), strict=True)
         panels[name].plot(loads, speedups, marker="o", label=label)
+        panels[name].fill_between(loads, lows, highs, alpha=0.1, color="grey")
     for axis in panels.values():
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)

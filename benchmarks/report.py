@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
-from benchmarks.methods import method_name
+from benchmarks.methods import head_details, method_name
 from benchmarks.plots import plots, svg
 from benchmarks.round import table as phases
 from benchmarks.sources import TITLES, Source, drafts, is_baseline, read_records
@@ -35,7 +35,7 @@ BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- bench
 # column title -> (fields that it shows, how)
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
-    "method": lambda row: method_name(row),
+    "method": lambda row: method_name(row, details=False),
     "K": lambda row: drafts(row),
     "T": lambda row: f"{row['temperature']:g}",
     "requests at a time": lambda row: str(row["concurrency"]),
@@ -90,10 +90,10 @@ OVERVIEW: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     ),
     "speed": (
         "method, K, T, requests at a time",
-        "speed in units of plain decoding [95 % interval] (without loops, where that was counted)",
+        "speed in units of plain decoding [95 % interval] (without answers that loop, where some do)",
         lambda row: (
             COLUMNS["speedup"](row)
-            + (f" ({COLUMNS['without loops'](row)})" if "speedup_loop_free" in row else "")
+            + (f" ({COLUMNS['without loops'](row)})" if _some_loop(row) else "")
             + (
                 f", {COLUMNS['ms/token'](row)} ms a token"
                 if is_baseline(row) and COLUMNS["ms/token"](row)
@@ -119,7 +119,6 @@ MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
 SPEED_MARGINS = ["method", "against", "T", "requests at a time", "ratio of speeds", "without loops"]
 # From fewer conversations draws with replacement say little more than their range.
 FEWEST_DRAWN = 5
-SPEED_TITLE = "Each at its own best K, over all data sets, with 95 % intervals"
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}th,td{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}
 svg{max-width:100%;height:auto}.conditions{color:#555;font-size:13px}"""
@@ -134,6 +133,11 @@ def interval(row: dict[str, Any], field: str, conversations: int) -> str:
     return " [{:.2f}, {:.2f}]".format(*row[field]) if field in row and conversations >= FEWEST_DRAWN else ""
 
 
+def _some_loop(row: dict[str, Any]) -> bool:
+    """Whether the speed without answers that loop is another one."""
+    return "speedup_loop_free" in row and any(row["samples"]["loops"])
+
+
 def loop_free_conversations(row: dict[str, Any]) -> int:
     return row.get("samples", {}).get("loops", []).count(False)
 
@@ -145,30 +149,48 @@ def conditions(source: Source) -> str:
     repeats = [row["repeats"] for row in source.results if "repeats" in row] or [settings.get("repeats")]
     preloaded = settings["environment"].get("LD_PRELOAD")
     prompts = ", ".join(f"{name} ({one['conversations']})" for name, one in settings["prompts"].items())
+    # until 2026-11 the record of engine starts named prompts that it never asked
+    asks = prompts and source.kind != "startup"
     parts = [
         settings["date"][:10],
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
         f"load before {machine['load_average_before'][0]}",
         ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
         f"target {settings['target']}",
-        *(f"head {name} ({digest})" for name, digest in settings.get("heads", {}).items()),
+        *(
+            f"head {name} ({', '.join([digest, *asked_of(name, source.results)])})"
+            for name, digest in settings.get("heads", {}).items()
+        ),
         f"{engine['dtype']}, compilation {engine['compilation']}" if engine else "",
         f"{engine['threads']} threads" if "threads" in engine else "",
         *(
             f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
             for label, found in settings.get("engine_differences", {}).items()
         ),
-        f"at most {settings['max_tokens']} tokens an answer" if prompts else "",
-        f"prompts {prompts}" if prompts else "",
+        f"at most {settings['max_tokens']} tokens an answer" if asks else "",
+        f"prompts {prompts}" if asks else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{min(repeats)} repeats" if repeats != [None] else "",
         "" if settings.get("finished", True) else "unfinished",
+        f"failed: {', '.join(one['run'] for one in source.failures)}" if source.failures else "",
         f"served, asked by {settings['client']}" if "client" in settings else "",
         f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
         if "host_overhead_share" in settings
         else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def asked_of(head: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What was asked of a head in a record's rows, each kind of drafting for itself where they differ."""
+    kinds: dict[str, str] = {}
+    for row in rows:
+        if row.get("head") == head:
+            name = f"{row['method']} {drafts(row)}" if "schedule" in row else row["method"]
+            kinds.setdefault(", ".join(head_details(row)), name)
+    if len(kinds) == 1:
+        return [kind for kind in kinds if kind]
+    return [f"{name}: {kind or 'to the end'}" for kind, name in kinds.items()]
 
 
 def cells(source: Source) -> list[list[str]]:
@@ -242,6 +264,11 @@ def speed_margins(source: Source) -> list[list[str]]:
     return [SPEED_MARGINS, *lines] if lines else []
 
 
+def _speed_title(source: Source) -> str:
+    which = "each at its own best K, " if any(row.get("best_k") for row in source.results) else ""
+    return f"Speed against the others, {which}over all data sets, with 95 % intervals"
+
+
 def pairs(methods: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
     """Every GRIFFIN head with every other method, and with those GRIFFIN heads that stand before it."""
     griffins = [named for named in methods if named.is_griffin]
@@ -267,7 +294,8 @@ class Named(NamedTuple):
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Named:
-        return cls(row.get("head"), method_name(row) + (f" {drafts(row)}" if "schedule" in row else ""))
+        shown = method_name(row, details=False) + (f" {drafts(row)}" if "schedule" in row else "")
+        return cls(row.get("head"), shown)
 
     @property
     def is_griffin(self) -> bool:
@@ -320,7 +348,7 @@ def details(source: Source) -> list[tuple[str, list[list[str]]]]:
     tables = [
         (BREAKDOWN_TITLE, breakdown(source)),
         ("Acceptance length against the others, with 95 % intervals", margins(source)),
-        (SPEED_TITLE, speed_margins(source)),
+        (_speed_title(source), speed_margins(source)),
     ]
     return [(title, table) for title, table in tables if table]
 
@@ -350,8 +378,12 @@ def overview(source: Source) -> str:
     header, *compared = margins(source) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
         parts += ["Over all data sets, with 95 % intervals:", records.pipes([header, *pooled])]
-    if faster := speed_margins(source):
-        parts += [f"{SPEED_TITLE}:", records.pipes(faster)]
+    header, *compared = speed_margins(source) or [[]]
+    if len(datasets) == 1:
+        # the table above has them
+        compared = [line for line in compared if line[1] != "none"]
+    if compared:
+        parts += [f"{_speed_title(source)}:", records.pipes([header, *compared])]
     return "\n\n".join([*parts, f"{conditions(source)}.\n"])
 
 

@@ -176,7 +176,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Milliseconds and share of each phase, a line a phase and a column a row of the record."""
 
     def title(row: dict[str, Any]) -> str:
-        return f"{method_name(row)}, K={row['num_speculative_tokens']}, {row['concurrency']} at a time"
+        return f"{method_name(row, details=False)}, K={row['num_speculative_tokens']}, {row['concurrency']} at a time"
 
     def cell(ms: float | None, row: dict[str, Any]) -> str:
         return f"{ms:.2f} ({ms / row['round_ms']:.0%})" if ms else ""

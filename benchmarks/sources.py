@@ -28,6 +28,7 @@ class Source(NamedTuple):
     results: list[dict[str, Any]]
     name: str
     baselines: Sequence[dict[str, Any]] = ()
+    failures: Sequence[dict[str, Any]] = ()
 
     @property
     def kind(self) -> str:
@@ -50,7 +51,7 @@ def read_record(path: Path) -> Source:
     settings, results = found.get("settings", {}), found.get("results")
     if settings.get("benchmark") not in TITLES or not isinstance(results, list):
         raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
-    return Source(settings, results, path.stem)
+    return Source(settings, results, path.stem, failures=found.get("failures", ()))
 
 
 def read_records(paths: Sequence[Path]) -> list[Source]:

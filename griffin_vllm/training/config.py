@@ -158,7 +158,9 @@ class TrainConfig(Section):
     num_speculative_tokens: PositiveInt | None = Field(
         None, description="K for validation and for the served head; null: that of `init_from`, or 5"
     )
-    validation_samples: PositiveInt = Field(64, description="validation answers for the simulated acceptance")
+    validation_samples: PositiveInt = Field(
+        64, description="validation samples for the simulated acceptance, of an answer or more"
+    )
     validate_every: PositiveInt = Field(500, description="optimiser steps between validations")
     checkpoint_minutes: PositiveFloat = Field(5.0, description="minutes between checkpoints")
 
