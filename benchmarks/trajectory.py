@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.engines import Answer
+from benchmarks.methods import shown
 from benchmarks.prompts import PromptSet
 from griffin_vllm.files import write_whole
 from griffin_vllm.training.features import target_digest
@@ -24,7 +25,7 @@ class Trajectory:
     def __init__(self, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
         self.path = args.json.with_suffix(".trajectory.json")
         self.key = {
-            "target": records.shown(args.target),
+            "target": shown(args.target),
             "target_weights": target_digest(Path(args.target)),
             "dtype": args.dtype,
             "max_tokens": args.max_tokens,
