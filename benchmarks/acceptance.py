@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise GriffinError("--oracle: replays what 'none' answers at a temperature above 0; name both")
     record = records.Record("acceptance", args, sets)
     arguments = options.engine_arguments(args)
-    trajectory = Trajectory(args, sets)
+    trajectory = Trajectory("acceptance", args, sets)
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     if 0 in args.temperature and len(trajectory.answers) < len(sets):

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods, sets = options.load_inputs(args)
     record = records.Record("losslessness", args, sets)
     record.settings["near_tie"] = near_tie
-    trajectory = Trajectory(args, sets)
+    trajectory = Trajectory("losslessness", args, sets)
     plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
     planned = [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     record.settings |= {"minutes": args.minutes, "near_tie": NEAR_TIE[args.dtype]}
     record.settings["engine"] = served.asked(arguments)
-    trajectory = Trajectory(args, sets)
+    trajectory = Trajectory("soak", args, sets)
     if "soak" not in trajectory.answers:
         with record.attempt(PLAIN), served.server(PLAIN, arguments) as server:
             trajectory.record("soak", asyncio.run(_references(server.url, args, asked)))

@@ -67,14 +67,22 @@ def test_a_record_or_answers_of_another_target_in_a_folder_of_the_same_name_are_
         args.target = str(tiny.write_head(tmp_path / version / "final"))
         if version == "first":
             records.Record("speed", args, sets).save()
-            Trajectory(args, sets).record("prompts", [])
-            assert Trajectory(args, sets).answers == {"prompts": []}
+            Trajectory("speed", args, sets).record("prompts", [])
+            assert Trajectory("speed", args, sets).answers == {"prompts": []}
         else:
             weights = tmp_path / version / "final" / "model.safetensors"
             save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
-            assert Trajectory(args, sets).answers == {}
+            assert Trajectory("speed", args, sets).answers == {}
             with pytest.raises(GriffinError, match=r"out\.json: target_weights is "):
                 records.Record("speed", args, sets).resume([])
+
+
+def test_answers_that_another_benchmark_recorded_may_lack_margins_and_are_left_unused(tmp_path: Path) -> None:
+    args = options.parser(None).parse_args(arguments(tmp_path, "none"))
+    sets = [read_prompts(args.prompts[0])]
+    Trajectory("acceptance", args, sets).record("prompts", [])
+    assert Trajectory("acceptance", args, sets).answers == {"prompts": []}
+    assert Trajectory("losslessness", args, sets).answers == {}
 
 
 def test_a_finished_record_that_is_gone_on_with_is_unfinished_until_the_end(tmp_path: Path) -> None:

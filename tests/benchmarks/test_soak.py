@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socketserver
 import subprocess
 import sys
@@ -111,6 +112,10 @@ def test_growth_is_measured_behind_the_warm_up() -> None:
     assert summary is not None
     assert abs(summary["growth_mib"]) < 1
     assert History("x", rising).summary(warm_up=500.0) is None
+
+
+def test_where_no_sample_was_taken_there_is_no_growth_to_tell_of() -> None:
+    assert ProcessTree(os.getpid()).summaries(warm_up=0.0) == []
 
 
 def test_requests_that_a_fake_endpoint_drops_are_lost() -> None:
