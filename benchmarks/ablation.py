@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import records
+from benchmarks import options, records
 from griffin_vllm.checkpoint import Head, find_head, open_head
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import check_same, read_json, write_whole
@@ -253,4 +253,4 @@ def table(runs: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    records.execute(lambda _: typer.run(main))
+    options.execute(lambda _: typer.run(main))

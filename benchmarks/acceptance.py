@@ -39,7 +39,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engines, records
+from benchmarks import engines, options, records
 from benchmarks.engines import Answer
 from benchmarks.intervals import paired_ratio
 from benchmarks.methods import Method, Run, runs, sampling
@@ -182,19 +182,19 @@ def _by_context(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[8])
-    records.add_draft_sample_method(parser)
+    parser = options.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[8])
+    options.add_draft_sample_method(parser)
     parser.add_argument("--repeats", type=int, default=3, help="at a temperature; 0 needs one")
     parser.add_argument("--oracle", action="store_true", help="bound greedy drafts at a temperature")
     args = parser.parse_args(argv)
     if 0 in args.temperature and args.dtype != "float32":
         raise GriffinError.at("acceptance.py", "--dtype", args.dtype, "'float32' at temperature 0")
-    methods, sets = records.load_inputs(args)
+    methods, sets = options.load_inputs(args)
     if args.oracle and not (any(args.temperature) and Method("none") in methods):
         raise GriffinError("--oracle: replays what 'none' answers at a temperature above 0; name both")
     record = records.Record("acceptance", args, sets)
-    arguments = records.engine_arguments(args)
-    trajectory = Trajectory(args, sets)
+    arguments = options.engine_arguments(args)
+    trajectory = Trajectory("acceptance", args, sets)
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     if 0 in args.temperature and len(trajectory.answers) < len(sets):
@@ -303,4 +303,4 @@ def _vllm_counters(before: dict[str, int], after: dict[str, int]) -> dict[str, f
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    options.execute(main)

@@ -31,6 +31,7 @@ from xml.etree import ElementTree
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import records
+from benchmarks.tables import pipes, rewrite
 from benchmarks.vllm_source import missing
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import read_json, write_whole
@@ -124,7 +125,7 @@ def main() -> None:
                     failed = True
     record = read_json(RECORD)
     print(markdown(record))
-    records.rewrite(ROOT / "README.md", BEGIN, END, markdown(record))
+    rewrite(ROOT / "README.md", BEGIN, END, markdown(record))
     if failed or not all(is_sound(row) for kind in record.values() for row in kind.values()):
         sys.exit(1)
 
@@ -243,7 +244,7 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(
             [version, row["transformers"], *(cell(row["cells"].get(column, {})) for column in COLUMNS)]
         )
-    text = records.pipes(lines) + "\n"
+    text = pipes(lines) + "\n"
     wheels = {row.get("wheel_sha256") for row in record["run"].values()}
     if len(wheels) == 1 and None not in wheels:
         text += f"\nAll with one wheel, SHA-256 `{wheels.pop()}`.\n"

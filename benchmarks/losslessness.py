@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engines, records
+from benchmarks import engines, options, records
 from benchmarks.engines import Answer
 from benchmarks.methods import Method, Run, runs
 from benchmarks.prompts import Conversation, PromptSet
@@ -68,7 +68,7 @@ def judge(answer: Answer, reference: Answer, near_tie: float) -> Verdict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[1, 16])
+    parser = options.parser(__doc__, dtype="float32", enforce_eager=True, concurrency=[1, 16])
     parser.add_argument("--near-tie", type=float, help="largest logit difference of a near-tie")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished OUT.json")
     args = parser.parse_args(argv)
@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "losslessness.py", "--temperature", args.temperature, "0: only greedy answers repeat"
         )
     near_tie = NEAR_TIE[args.dtype] if args.near_tie is None else args.near_tie
-    methods, sets = records.load_inputs(args)
+    methods, sets = options.load_inputs(args)
     record = records.Record("losslessness", args, sets)
     record.settings["near_tie"] = near_tie
-    trajectory = Trajectory(args, sets)
+    trajectory = Trajectory("losslessness", args, sets)
     plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
     planned = [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         with (
             record.attempt(run),
-            engines.start(run, **records.engine_arguments(args)) as llm,
+            engines.start(run, **options.engine_arguments(args)) as llm,
         ):
             record.note_engine(run, engines.resolved_settings(llm))
             if run == plain:
@@ -186,4 +186,4 @@ def summarised(verdicts: Sequence[tuple[dict[str, Any], Verdict]]) -> dict[str, 
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    options.execute(main)

@@ -62,7 +62,7 @@ class ProcessTree:
 
     def summaries(self, warm_up: float) -> list[dict[str, Any]]:
         """Of the processes that lived to the last sample, see `History.summary`."""
-        last = max(history.samples[-1][0] for history in self.histories.values())
+        last = max((history.samples[-1][0] for history in self.histories.values()), default=0.0)
         living = (history for history in self.histories.values() if history.samples[-1][0] == last)
         return [one for history in living if (one := history.summary(warm_up))]
 

@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import records
 from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
 from benchmarks.methods import head_details, method_name
+from benchmarks.options import execute
 from benchmarks.plots import plots, svg
 from benchmarks.round import table as phases
 from benchmarks.sources import TITLES, Source, drafts, is_baseline, read_records
 from benchmarks.speed import speedup
+from benchmarks.tables import pipes, rewrite
 from griffin_vllm.files import write_whole
 
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
@@ -354,9 +355,9 @@ def details(source: Source) -> list[tuple[str, list[list[str]]]]:
 
 
 def markdown(source: Source) -> str:
-    parts = [f"**{TITLES[source.kind]}**", records.pipes(cells(source))]
+    parts = [f"**{TITLES[source.kind]}**", pipes(cells(source))]
     for title, table in details(source):
-        parts += [f"{title}:", records.pipes(table)]
+        parts += [f"{title}:", pipes(table)]
     return "\n\n".join([*parts, f"{conditions(source)}.\n"])
 
 
@@ -374,16 +375,16 @@ def overview(source: Source) -> str:
         lines.setdefault(run, {})[dataset] = cell(row)
     datasets = list(dict.fromkeys(name for line in lines.values() for name in line))
     body = [[*names, *(line.get(name, "") for name in datasets)] for names, line in lines.items()]
-    parts = [f"**{TITLES[source.kind]}**: {content}", records.pipes([[*titles, *datasets], *body])]
+    parts = [f"**{TITLES[source.kind]}**: {content}", pipes([[*titles, *datasets], *body])]
     header, *compared = margins(source) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
-        parts += ["Over all data sets, with 95 % intervals:", records.pipes([header, *pooled])]
+        parts += ["Over all data sets, with 95 % intervals:", pipes([header, *pooled])]
     header, *compared = speed_margins(source) or [[]]
     if len(datasets) == 1:
         # the table above has them
         compared = [line for line in compared if line[1] != "none"]
     if compared:
-        parts += [f"{_speed_title(source)}:", records.pipes([header, *compared])]
+        parts += [f"{_speed_title(source)}:", pipes([header, *compared])]
     return "\n\n".join([*parts, f"{conditions(source)}.\n"])
 
 
@@ -438,9 +439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             images = [
                 f"![{name.replace('-', ' ')}]({(folder / f'{name}.svg').as_posix()})\n" for name in drawings
             ]
-            records.rewrite(path, BEGIN, END, "\n".join([*map(overview, shown), *images]))
+            rewrite(path, BEGIN, END, "\n".join([*map(overview, shown), *images]))
     return 0
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    execute(main)

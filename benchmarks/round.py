@@ -37,8 +37,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engines, records
+from benchmarks import engines, options, records
 from benchmarks.methods import in_turn, method_name, runs
+from benchmarks.tables import pipes
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune_engine import decode
 
@@ -188,7 +189,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(__doc__, without=("--temperature", "--turns"), max_tokens=64, turns=1)
+    parser = options.parser(__doc__, without=("--temperature", "--turns"), max_tokens=64, turns=1)
     parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
     args = parser.parse_args(argv)
     from vllm.platforms import current_platform
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the functions that are timed must be in this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-    methods, sets = records.load_inputs(args)
+    methods, sets = options.load_inputs(args)
     record = records.Record("round", args, sets)
     record.settings["repeats"] = args.repeats
     record.settings["threads"] = torch.get_num_threads()
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured: dict[tuple[int, int], list[list[Round]]] = {}
     for _, number in in_turn(args.repeats, len(planned)):
         run = planned[number]
-        with record.attempt(run), engines.start(run, **records.engine_arguments(args)) as llm:
+        with record.attempt(run), engines.start(run, **options.engine_arguments(args)) as llm:
             record.note_engine(run, engines.resolved_settings(llm))
             prompts = [
                 engines.render_turns(llm.get_tokenizer(), conversation.turns[:1], [])
@@ -226,9 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for (number, batch), repeats in sorted(measured.items())
         ]
     status = record.finish(COLUMNS)
-    print(records.pipes(table(record.results)))
+    print(pipes(table(record.results)))
     return status
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    options.execute(main)

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.methods import Run
 from benchmarks.prompts import Conversation
 
-START_SECONDS, STOP_SECONDS = 900, 60
+START_SECONDS, STOP_SECONDS, HEALTH_SECONDS = 900, 60, 5
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
 
@@ -74,14 +74,16 @@ def server(run: Run, arguments: dict[str, Any]) -> Iterator[Server]:
 
 
 def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    # past an http_proxy, which may not know this machine's own address
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"vllm serve ended with status {process.returncode}")
         try:
-            with urllib.request.urlopen(f"{url}/health"):
+            with opener.open(f"{url}/health", timeout=HEALTH_SECONDS):
                 return
-        except urllib.error.URLError:
+        except (urllib.error.URLError, TimeoutError):
             time.sleep(0.1)
     raise RuntimeError(f"vllm serve was not ready after {START_SECONDS} s")
 

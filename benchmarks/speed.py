@@ -43,10 +43,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import engines, records, served
+from benchmarks import engines, options, records, served
 from benchmarks.engines import Answer
 from benchmarks.intervals import DRAWS, paired_ratio
-from benchmarks.methods import Method, Run, head_digest, in_turn, runs, sampling
+from benchmarks.methods import Method, Run, head_digest, in_turn, runs, sampling, shown
 from benchmarks.prompts import Conversation, PromptSet
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import read_json
@@ -155,10 +155,10 @@ def speedup(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = records.parser(
+    parser = options.parser(
         __doc__, num_speculative_tokens=[], concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096
     )
-    records.add_draft_sample_method(parser)
+    options.add_draft_sample_method(parser)
     parser.add_argument("--repeats", type=int, default=3, help="engine starts of each method")
     parser.add_argument(
         "--best-k-from",
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.num_speculative_tokens and not args.best_k_from:
         args.num_speculative_tokens = [5]
-    methods, sets = records.load_inputs(args)
+    methods, sets = options.load_inputs(args)
     record = records.Record("speed", args, sets)
     record.settings["repeats"] = args.repeats
     for tuning in args.best_k_from:
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best = best_ks(args.best_k_from) if args.best_k_from else {}
     planned = _plan(methods, args.num_speculative_tokens, best, args.dtype)
     planned = sampling(planned, args.draft_sample_method, args.temperature)
-    arguments = records.engine_arguments(args)
+    arguments = options.engine_arguments(args)
     if args.served:
         return _main_served(args, sets, record, planned, arguments | {"enable_prefix_caching": False})
 
@@ -215,7 +215,7 @@ def check_tuning_record(tuning: Path, settings: dict[str, Any], methods: Sequenc
     asked += [
         ("arguments", name) for name in ("target", "dtype", "enforce_eager", "temperature", "concurrency")
     ]
-    heads = {records.shown(one.head): head_digest(one) for one in methods if one.head}
+    heads = {shown(one.head): head_digest(one) for one in methods if one.head}
     ours = {**settings, "heads": heads}
     asked += [("heads", name) for name in heads if name in theirs.get("heads", {})]
     for group, name in asked:
@@ -262,7 +262,7 @@ def _plan(
 
 def named(method: Method) -> Method:
     """The method as records call it."""
-    return Method(method.name, records.shown(method.head) if method.head else None)
+    return Method(method.name, shown(method.head) if method.head else None)
 
 
 def _on_cpu() -> bool:
@@ -276,10 +276,10 @@ def _measure(
 ) -> Iterator[tuple[float, int, Sample]]:
     for temperature in run.temperatures:
         for concurrency in args.concurrency:
-            options: dict[str, Any] = {"temperature": temperature, "concurrency": concurrency}
-            engines.answer(llm, conversations[:concurrency], max_tokens=WARM_UP_TOKENS, **options)
+            asked: dict[str, Any] = {"temperature": temperature, "concurrency": concurrency}
+            engines.answer(llm, conversations[:concurrency], max_tokens=WARM_UP_TOKENS, **asked)
             start = time.perf_counter()
-            answers = engines.answer(llm, conversations, max_tokens=args.max_tokens, **options)
+            answers = engines.answer(llm, conversations, max_tokens=args.max_tokens, **asked)
             yield temperature, concurrency, Sample.of(answers, time.perf_counter() - start)
 
 
@@ -401,4 +401,4 @@ def _add_served_speedups(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    options.execute(main)

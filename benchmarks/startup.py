@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import records, served
+from benchmarks import options, records, served
 from benchmarks.methods import Run, in_turn, runs
 
 COLUMNS = ("method", "head", "num_speculative_tokens", "startup_seconds", "beyond_first", "starts")
@@ -27,14 +27,14 @@ COLUMNS = ("method", "head", "num_speculative_tokens", "startup_seconds", "beyon
 
 def main(argv: Sequence[str] | None = None) -> int:
     asks_nothing = ("--prompts", "--num-prompts", "--turns", "--temperature", "--max-tokens")
-    parser = records.parser(__doc__, without=asks_nothing, prompts=[])
+    parser = options.parser(__doc__, without=asks_nothing, prompts=[])
     parser.add_argument("--repeats", type=int, default=5, help="starts of each method")
     args = parser.parse_args(argv)
-    methods, sets = records.load_inputs(args)
+    methods, sets = options.load_inputs(args)
     record = records.Record("startup", args, sets)
     record.settings["repeats"] = args.repeats
     planned = runs(methods, args.num_speculative_tokens, args.dtype)
-    arguments = records.engine_arguments(args)
+    arguments = options.engine_arguments(args)
     starts: list[dict[int, float]] = [{} for _ in planned]
     for repeat, number in in_turn(args.repeats + 1, len(planned)):
         with record.attempt(planned[number]):
@@ -65,4 +65,4 @@ def rows(planned: Sequence[Run], starts: Sequence[dict[int, float]]) -> list[dic
 
 
 if __name__ == "__main__":
-    records.execute(main)
+    options.execute(main)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.engines import Answer
+from benchmarks.methods import shown
 from benchmarks.prompts import PromptSet
 from griffin_vllm.files import write_whole
 from griffin_vllm.training.features import target_digest
@@ -18,13 +19,15 @@ from griffin_vllm.training.features import target_digest
 class Trajectory:
     """Answers of plain decoding by data set, cached in ``OUT.trajectory.json``.
 
-    A cache of another target, other prompts, limits, versions or another dtype is left unused.
+    A cache of another benchmark (not each asks for margins), another target, other prompts, limits, versions or another
+    dtype is left unused.
     """
 
-    def __init__(self, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
+    def __init__(self, benchmark: str, args: argparse.Namespace, sets: Sequence[PromptSet]) -> None:
         self.path = args.json.with_suffix(".trajectory.json")
         self.key = {
-            "target": records.shown(args.target),
+            "benchmark": benchmark,
+            "target": shown(args.target),
             "target_weights": target_digest(Path(args.target)),
             "dtype": args.dtype,
             "max_tokens": args.max_tokens,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records
+from benchmarks import options
 from benchmarks.methods import method_name, parse_methods, runs, sampling
 from benchmarks.prompts import read_prompts
 from benchmarks.report import drafts
@@ -93,8 +93,8 @@ def test_nothing_that_is_asked_for_is_left_out_in_silence(capsys: pytest.Capture
         ("greedy", (0.0,)),
         ("probabilistic", (1.0,)),
     ]
-    parser = records.parser(None)
-    records.add_draft_sample_method(parser)
+    parser = options.parser(None)
+    options.add_draft_sample_method(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--draft-sample-method", "probabilistc"])
     assert "--draft-sample-method" in capsys.readouterr().err

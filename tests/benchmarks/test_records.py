@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks import engines, records
+from benchmarks import engines, options, records
 from benchmarks.methods import parse_methods, runs
 from benchmarks.prompts import Conversation, read_prompts
 from benchmarks.trajectory import Trajectory
@@ -28,12 +28,12 @@ def test_two_heads_that_a_record_would_show_by_one_name_are_refused(tmp_path: Pa
     heads = [tiny.write_head(tmp_path / run / "head") for run in ("a", "b")]
     methods = ",".join(f"griffin:{head}" for head in heads)
     with pytest.raises(GriffinError, match="by one name"):
-        records.load_inputs(records.parser(None).parse_args(arguments(tmp_path, methods)))
+        options.load_inputs(options.parser(None).parse_args(arguments(tmp_path, methods)))
 
 
 def test_a_head_that_changed_is_no_part_of_the_record_and_of_no_resumed_one(tmp_path: Path) -> None:
     head = tiny.write_head(tmp_path / "head")
-    args = records.parser(None).parse_args(arguments(tmp_path, f"griffin:{head}"))
+    args = options.parser(None).parse_args(arguments(tmp_path, f"griffin:{head}"))
     planned = runs(parse_methods(args.methods), [3], "float32")
     sets = [read_prompts(args.prompts[0])]
     record = records.Record("speed", args, sets)
@@ -49,7 +49,7 @@ def test_a_head_that_changed_is_no_part_of_the_record_and_of_no_resumed_one(tmp_
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "float32"), ("max_model_len", 128)])
 def test_a_record_of_other_conditions_is_not_resumed(tmp_path: Path, option: str, value: object) -> None:
-    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    args = options.parser(None).parse_args(arguments(tmp_path, "none"))
     sets = [read_prompts(args.prompts[0])]
     records.Record("speed", args, sets).save()
     records.Record("speed", args, sets).resume([])
@@ -61,24 +61,32 @@ def test_a_record_of_other_conditions_is_not_resumed(tmp_path: Path, option: str
 def test_a_record_or_answers_of_another_target_in_a_folder_of_the_same_name_are_not_gone_on_with(
     tmp_path: Path,
 ) -> None:
-    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    args = options.parser(None).parse_args(arguments(tmp_path, "none"))
     sets = [read_prompts(args.prompts[0])]
     for version in ("first", "second"):
         args.target = str(tiny.write_head(tmp_path / version / "final"))
         if version == "first":
             records.Record("speed", args, sets).save()
-            Trajectory(args, sets).record("prompts", [])
-            assert Trajectory(args, sets).answers == {"prompts": []}
+            Trajectory("speed", args, sets).record("prompts", [])
+            assert Trajectory("speed", args, sets).answers == {"prompts": []}
         else:
             weights = tmp_path / version / "final" / "model.safetensors"
             save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
-            assert Trajectory(args, sets).answers == {}
+            assert Trajectory("speed", args, sets).answers == {}
             with pytest.raises(GriffinError, match=r"out\.json: target_weights is "):
                 records.Record("speed", args, sets).resume([])
 
 
+def test_answers_that_another_benchmark_recorded_may_lack_margins_and_are_left_unused(tmp_path: Path) -> None:
+    args = options.parser(None).parse_args(arguments(tmp_path, "none"))
+    sets = [read_prompts(args.prompts[0])]
+    Trajectory("acceptance", args, sets).record("prompts", [])
+    assert Trajectory("acceptance", args, sets).answers == {"prompts": []}
+    assert Trajectory("losslessness", args, sets).answers == {}
+
+
 def test_a_finished_record_that_is_gone_on_with_is_unfinished_until_the_end(tmp_path: Path) -> None:
-    args = records.parser(None).parse_args(arguments(tmp_path, "none"))
+    args = options.parser(None).parse_args(arguments(tmp_path, "none"))
     sets = [read_prompts(args.prompts[0])]
     records.Record("speed", args, sets).finish([])
     again = records.Record("speed", args, sets)
@@ -88,7 +96,7 @@ def test_a_finished_record_that_is_gone_on_with_is_unfinished_until_the_end(tmp_
 
 
 def test_a_failure_of_an_engine_is_recorded_and_the_next_one_gets_its_turn(tmp_path: Path) -> None:
-    args = records.parser(None).parse_args(arguments(tmp_path, "none,ngram"))
+    args = options.parser(None).parse_args(arguments(tmp_path, "none,ngram"))
     record = records.Record("speed", args, [read_prompts(args.prompts[0])])
     for run in runs(parse_methods(args.methods), [3], "float32"):
         with record.attempt(run):

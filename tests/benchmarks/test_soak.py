@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socketserver
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import soak
+from benchmarks import soak, soak_checks, soak_traffic
 from benchmarks.engines import Answer
 from benchmarks.memory import History, ProcessTree
-from benchmarks.soak import Demand, Question, Reply
+from benchmarks.soak_traffic import Demand, Question, Reply
 from tests.benchmarks import models
 
 
@@ -57,7 +58,7 @@ def reply(text: str, *, stop: str | None = None, **fields: Any) -> Reply:
     ],
 )
 def test_verdicts(found: Reply, verdict: str) -> None:
-    assert soak.compare(found, EXPECTED, Tokenizer(), 1e-4).kind == verdict
+    assert soak_checks.compare(found, EXPECTED, Tokenizer(), 1e-4).kind == verdict
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_verdicts(found: Reply, verdict: str) -> None:
     ],
 )
 def test_answers_keep_to_their_stop_string_and_schema(found: Reply, broken: bool) -> None:
-    assert soak.breaks_its_terms(found) is broken
+    assert soak_checks.breaks_its_terms(found) is broken
 
 
 def test_acceptance_lengths_compare_the_same_questions() -> None:
@@ -83,8 +84,8 @@ def test_acceptance_lengths_compare_the_same_questions() -> None:
 
     first = [drafted("a", 10, 10), drafted("b", 10, 30), drafted("a", 10, 0)]
     last = [drafted("c", 10, 0), drafted("a", 10, 5), drafted("b", 10, 40, outcome="aborted")]
-    assert soak.acceptance_lengths(first, last) == (2.0, 1.5)
-    assert soak.acceptance_lengths(first, last[:1]) is None
+    assert soak_checks.acceptance_lengths(first, last) == (2.0, 1.5)
+    assert soak_checks.acceptance_lengths(first, last[:1]) is None
 
 
 def test_a_planted_leak_is_seen() -> None:
@@ -113,6 +114,10 @@ def test_growth_is_measured_behind_the_warm_up() -> None:
     assert History("x", rising).summary(warm_up=500.0) is None
 
 
+def test_where_no_sample_was_taken_there_is_no_growth_to_tell_of() -> None:
+    assert ProcessTree(os.getpid()).summaries(warm_up=0.0) == []
+
+
 def test_requests_that_a_fake_endpoint_drops_are_lost() -> None:
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -122,12 +127,12 @@ def test_requests_that_a_fake_endpoint_drops_are_lost() -> None:
             self.wfile.write(f"{head}data: {chunk}\n\n".encode())
 
     async def replies() -> list[Reply]:
-        async with soak._client(f"http://127.0.0.1:{endpoint.server_address[1]}") as client:
+        async with soak_traffic.client_of(f"http://127.0.0.1:{endpoint.server_address[1]}") as client:
             demands = [
                 Demand(Question("q", "short", ({"role": "user", "content": "x"},)), 0.0, streamed, None)
                 for streamed in (True, False)
             ]
-            return [await soak.ask(client, "m", demand, 4) for demand in demands]
+            return [await soak_traffic.ask(client, "m", demand, 4) for demand in demands]
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as endpoint:
         threading.Thread(target=endpoint.serve_forever, daemon=True).start()
@@ -175,7 +180,7 @@ def test_every_criterion_can_fail(change: dict[str, Any], criterion: str | None)
         max_drift = 0.02
         max_growth_mib = 32.0
 
-    assert soak.failed_criteria(ROW | change, Limits()) == ([criterion] if criterion else [])
+    assert soak_checks.failed_criteria(ROW | change, Limits()) == ([criterion] if criterion else [])
 
 
 @pytest.fixture(scope="module")
