@@ -70,8 +70,17 @@ class SplitCounts(BaseModel):
     looping_samples: int
 
 
-class Manifest(BaseModel):
-    """``manifest.json``: what a token dataset was made of, and of what target."""
+class Options(BaseModel):
+    """How `griffin data prepare` makes samples of conversations."""
+
+    max_length: int
+    validation_share: float
+    loops: Loops
+    loop_threshold: float
+
+
+class Manifest(Options):
+    """``manifest.json``: what a token dataset was made of, how, and for what target."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,10 +90,6 @@ class Manifest(BaseModel):
     vocab_size: int
     tokenizer_sha256: str
     template_sha256: str
-    max_length: int
-    loops: Loops
-    loop_threshold: float
-    validation_share: float
     sources: list[Source]
     splits: dict[str, SplitCounts]
     conversations: int
@@ -222,19 +227,14 @@ def prepare(
         )
     chat = ChatTarget.load(target)
     excluded = names_to_exclude(exclude)
+    options = Options(
+        max_length=max_length, validation_share=validation_share, loops=loops, loop_threshold=loop_threshold
+    )
     try:
         with (
             Progress(console=console or Console(stderr=True), transient=True) as progress,
             atomic_folder(out) as staging,
-            _Writer(
-                staging,
-                chat,
-                excluded,
-                max_length=max_length,
-                validation_share=validation_share,
-                loops=loops,
-                loop_threshold=loop_threshold,
-            ) as writer,
+            _Writer(staging, chat, excluded, options) as writer,
         ):
             for source in sources:
                 for chunk in _chunks(writer.reading(source, _open(source, progress)), _CONVERSATIONS_AT_ONCE):
@@ -248,10 +248,7 @@ def prepare(
                 vocab_size=chat.vocab_size,
                 tokenizer_sha256=tokenizer_hash(chat.tokenizer),
                 template_sha256=template_hash(chat.tokenizer),
-                max_length=max_length,
-                loops=loops,
-                loop_threshold=loop_threshold,
-                validation_share=validation_share,
+                **options.model_dump(),
                 sources=writer.sources,
                 splits=splits,
                 conversations=writer.conversations,
@@ -274,20 +271,8 @@ def split_of(family: str, validation_share: float) -> str:
 class _Writer:
     """Appends samples to the files of a dataset and counts everything that its manifest tells."""
 
-    def __init__(
-        self,
-        folder: Path,
-        chat: ChatTarget,
-        excluded: set[str],
-        *,
-        max_length: int,
-        validation_share: float,
-        loops: Loops,
-        loop_threshold: float,
-    ):
-        self._chat, self._excluded = chat, excluded
-        self._max_length, self._validation_share = max_length, validation_share
-        self._loops_wanted, self._loop_threshold = loops, loop_threshold
+    def __init__(self, folder: Path, chat: ChatTarget, excluded: set[str], options: Options):
+        self._chat, self._excluded, self._options = chat, excluded, options
         self.sources: list[Source] = []
         self.conversations = self.truncated = 0
         self.reasons: Counter[str] = Counter()
@@ -342,16 +327,16 @@ class _Writer:
             try:
                 if isinstance(samples, RecordError):
                     raise samples
-                if self._loops_wanted == "drop" and any(map(self._is_loop, samples)):
+                if self._options.loops == "drop" and any(map(self._is_loop, samples)):
                     raise RecordError("the answer loops")
-                cut = [_truncate(sample, self._max_length) for sample in samples]
+                cut = [_truncate(sample, self._options.max_length) for sample in samples]
                 if not any(cut):
-                    raise RecordError(f"no answer within {self._max_length} tokens")
+                    raise RecordError(f"no answer within {self._options.max_length} tokens")
             except RecordError as error:
                 self._skip(Skipped(self.sources[-1].name, index, str(error), found.id))
                 continue
             self.conversations += 1
-            split = split_of(found.family, self._validation_share)
+            split = split_of(found.family, self._options.validation_share)
             for sample, length in zip(samples, cut, strict=True):
                 if length:
                     self.truncated += length < len(sample.tokens)
@@ -374,7 +359,7 @@ class _Writer:
         }
 
     def _is_loop(self, sample: Sample) -> bool:
-        return sample.distinct_4grams < self._loop_threshold
+        return sample.distinct_4grams < self._options.loop_threshold
 
     def _append(self, split: str, sample: Sample, length: int) -> None:
         self._files[split]["tokens"].write(sample.tokens[:length])
