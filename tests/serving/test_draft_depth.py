@@ -489,6 +489,7 @@ def test_drafts_keep_their_shape_for_a_scheduler_that_does_not_wait_mocked_as_cp
     proposer.steps_may_vary, proposer.scheduler_waits, proposer.lookup_min = True, False, 0
     proposer.stop_probability = 0.0
     proposer.may_postpone, proposer.has_connector = False, False
+    proposer.runner = proposer.draft_model_config = SimpleNamespace(max_model_len=1000)
     proposer.postponed = PostponedWrites(lambda *_: None)
     metadata = SimpleNamespace(
         num_reqs=2, max_seq_len=max(lengths), seq_lens_cpu_upper_bound=torch.tensor([*lengths, 0])
