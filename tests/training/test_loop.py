@@ -366,6 +366,46 @@ finally:
 """
 
 
+def run_in_two_processes(
+    config: TrainConfig, script: Path, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """The command of ``config`` in two gloo processes, each of which executes ``before`` first."""
+    script.write_text(before + TWO_PROCESSES)
+    # accelerate starts several processes without MPI for GPUs alone, unless it is told so by the environment
+    arguments = command(
+        config,
+        script.with_suffix(".yaml"),
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        str(script),
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_gloo_processes_write_the_features_of_one_together(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"stages": [{"draft_steps": 1}]}
+    monkeypatch.setattr("griffin_vllm.training.features.SHARD_TOKENS", 200)
+    Trainer(settings(target, data, tmp_path / "one", features=str(tmp_path / "of one"), **changes))
+    config = settings(target, data, tmp_path / "two", features=str(tmp_path / "of two"), **changes)
+    before = "import griffin_vllm.training.features as features\nfeatures.SHARD_TOKENS = 200\n"
+    done = run_in_two_processes(config, tmp_path / "two.py", before)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
+        for folder in (tmp_path / "of one", tmp_path / "of two")
+    )
+    assert one.keys() == two.keys()
+    assert len([name for name in one if "features-" in name.name]) > 3
+    for name, path in one.items():
+        expected, found = load_file(path), load_file(two[name])
+        assert expected.keys() == found.keys()
+        for tensor in expected:
+            torch.testing.assert_close(found[tensor], expected[tensor], msg=f"{name}, {tensor}")
+
+
 def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path, tmp_path: Path) -> None:
     # noise, sampled classes and padding are those of the whole batch, whichever process has which sample
     changes = {
@@ -375,17 +415,7 @@ def test_two_gloo_processes_have_the_loss_curve_of_one(target: Path, data: Path,
         "sampled_tokens": 20,
     }
     Trainer(settings(target, data, tmp_path / "one", **changes)).run()
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    # accelerate starts several processes without MPI for GPUs alone, unless it is told so by the environment
-    arguments = command(
-        settings(target, data, tmp_path / "two", **changes),
-        tmp_path / "two.yaml",
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        str(tmp_path / "two.py"),
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    done = run_in_two_processes(settings(target, data, tmp_path / "two", **changes), tmp_path / "two.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'two' / 'head'}\n"
     found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")

@@ -252,6 +252,7 @@ def test_chunks_of_rows_give_the_same_losses_and_gradient() -> None:
     )
     torch.testing.assert_close(parts.gradient, whole.gradient)
     torch.testing.assert_close(parts.p, whole.p)
+    torch.testing.assert_close(parts.k, whole.k)
     assert torch.equal(parts.ok, whole.ok)
 
 
