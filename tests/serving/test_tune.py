@@ -20,6 +20,7 @@ from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, measure
 from griffin_vllm.serving.tune_depth import Chain, Depth
+from griffin_vllm.serving.tune_engine import running_engine
 from griffin_vllm.serving.tuning import (
     TUNING_VARIABLE,
     Point,
@@ -345,11 +346,10 @@ def test_bad_input_is_one_line_before_an_engine_starts(
 def test_an_engine_that_does_not_start_is_one_line(tmp_path: Path, head: Path) -> None:
     target = tmp_path / "target"
     tiny.write_target(target)
-    options = "--kv-cache-memory-bytes 1024 --batch-sizes 1 --tokens 8 --enforce-eager"
-    options += " --distributed-executor-backend uni"
-    done = CliRunner().invoke(app, ["tune", str(target), str(head), *options.split()])
-    assert done.exit_code == 2, done.exception
-    assert re.search("^error: griffin tune: the engine does not start .*[Mm]emory", done.stderr, re.MULTILINE)
+    options = "--kv-cache-memory-bytes 1024 --enforce-eager --distributed-executor-backend uni"
+    refused = pytest.raises(GriffinError, match=r"^griffin tune: the engine does not start .*[Mm]emory")
+    with refused, running_engine(str(target), open_head(head), 2, 1, 64, options.split()):
+        raise AssertionError("it started")
 
 
 def test_the_v2_runner_of_a_mocked_gpu_is_refused_before_an_engine_starts(
