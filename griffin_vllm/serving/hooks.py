@@ -341,7 +341,8 @@ TOUCH_POINTS = (
     TouchPoint(
         "vllm.v1.spec_decode.eagle",
         "EagleProposer.__new__",
-        "the V1 model runner builds its proposer by name; a GRIFFIN head gets a GriffinProposer",
+        "the V1 model runner builds its proposer by name; a GRIFFIN head gets a GriffinProposer, which raises the "
+        "runner's `effective_drafter_max_model_len`, so that it is asked near the maximum length, too",
         _draft_with_our_proposer,
         (
             "EagleProposer.__init__(vllm_config, device, runner)",
