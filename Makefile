@@ -176,8 +176,8 @@ bench-round: $(REDUCED)/config.json
 	$(MEASURE) benchmarks/startup.py --target $(TARGET_FOLDER) --methods $(BENCH_STARTS) \
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
-RECORDS = acceptance acceptance-lookup acceptance-suffix acceptance-sampled acceptance-sampled-lookup speed \
-  speed-sampled speed-by-load speed-served round round-shipped startup
+RECORDS = acceptance acceptance-others acceptance-lookup acceptance-others-lookup acceptance-suffix acceptance-sampled \
+  acceptance-sampled-lookup speed speed-sampled speed-by-load speed-served round round-shipped startup
 HEADLINES = acceptance acceptance-lookup acceptance-suffix speed speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
