@@ -25,6 +25,11 @@ LARGEST_BLOCK = 128
 
 
 def rendered_prompts(target: str, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each of ``prompts`` as a first turn for ``target``.
+
+    Raises:
+        GriffinError: its tokenizer or chat template fails.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
         return [render(tokenizer, [prompt]) for prompt in prompts]
