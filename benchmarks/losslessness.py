@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, options, records
 from benchmarks.engines import Answer
-from benchmarks.methods import Method, Run, runs
+from benchmarks.methods import PLAIN, runs
 from benchmarks.prompts import Conversation, PromptSet
 from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
@@ -81,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = records.Record("losslessness", args, sets)
     record.settings["near_tie"] = near_tie
     trajectory = Trajectory("losslessness", args, sets)
-    plain = Run(Method("none"), 0)
     wanted = [method for method in methods if method.name != "none"]
-    planned = [plain, *runs(wanted, args.num_speculative_tokens, args.dtype)]
+    planned = [PLAIN, *runs(wanted, args.num_speculative_tokens, args.dtype)]
     if args.resume:
         record.resume(planned)
     for run in planned:
@@ -92,17 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             for prompts in sets
             for concurrency in args.concurrency
             # plain decoding one at a time is the reference itself
-            if (run, concurrency) != (plain, 1)
+            if (run, concurrency) != (PLAIN, 1)
         ]
         missing = [row for row in rows if not record.has(row[2])]
-        if not missing and (run != plain or len(trajectory.answers) == len(sets)):
+        if not missing and (run != PLAIN or len(trajectory.answers) == len(sets)):
             continue
         with (
             record.attempt(run),
             engines.start(run, **options.engine_arguments(args)) as llm,
         ):
             record.note_engine(run, engines.resolved_settings(llm))
-            if run == plain:
+            if run == PLAIN:
                 _record_references(llm, sets, args, trajectory)
             for prompts, concurrency, identity in missing:
                 if prompts.name not in trajectory.answers:

@@ -123,6 +123,9 @@ class Run:
         return fields
 
 
+PLAIN = Run(Method("none"), 0)
+
+
 def method_name(row: dict[str, Any], *, details: bool = True) -> str:
     """What a result row was measured with, but for the number of drafts, and without ``details`` for what the head's
     config asks for."""

@@ -150,8 +150,6 @@ def conditions(source: Source) -> str:
     repeats = [row["repeats"] for row in source.results if "repeats" in row] or [settings.get("repeats")]
     preloaded = settings["environment"].get("LD_PRELOAD")
     prompts = ", ".join(f"{name} ({one['conversations']})" for name, one in settings["prompts"].items())
-    # until 2026-11 the record of engine starts named prompts that it never asked
-    asks = prompts and source.kind != "startup"
     parts = [
         settings["date"][:10],
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
@@ -168,8 +166,8 @@ def conditions(source: Source) -> str:
             f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
             for label, found in settings.get("engine_differences", {}).items()
         ),
-        f"at most {settings['max_tokens']} tokens an answer" if asks else "",
-        f"prompts {prompts}" if asks else "",
+        f"at most {settings['max_tokens']} tokens an answer" if prompts else "",
+        f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{min(repeats)} repeats" if repeats != [None] else "",
         "" if settings.get("finished", True) else "unfinished",

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import options, records, served
 from benchmarks.engines import Answer
 from benchmarks.losslessness import NEAR_TIE, summarised
-from benchmarks.methods import Method, Run, runs
+from benchmarks.methods import PLAIN, Run, runs
 from benchmarks.soak_checks import (
     acceptance_lengths,
     breaks_its_terms,
@@ -56,7 +56,6 @@ from benchmarks.tables import print_table
 from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
 
-PLAIN = Run(Method("none"), 0)
 COLUMNS = (
     "method",
     "num_speculative_tokens",

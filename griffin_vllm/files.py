@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -71,6 +72,21 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
         with suppress(OSError):
             unfinished.unlink()
         raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+def claim(file: IO[bytes], refusal: str) -> None:
+    """Keep other processes from claiming the open ``file`` until it is closed.
+
+    Raises:
+        GriffinError: one has it, or has removed it since it was opened (``refusal``).
+        OSError: the file system knows no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise GriffinError(refusal) from error
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise GriffinError(refusal)
 
 
 def check_write_whole(path: Path) -> None:

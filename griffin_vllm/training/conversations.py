@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -374,26 +375,25 @@ def _line_records(chunks: Iterator[bytes | RecordError]) -> Iterator[object]:
     # of the line that goes on in the next chunk; of one that is too long only its length
     parts: list[bytes] = []
     size = 0
-    for chunk in chunks:
+    for chunk in chain(chunks, [b"\n"]):
         if isinstance(chunk, RecordError):
             yield chunk
             return
         *ends, beginning = chunk.split(b"\n")
         for end in ends:
             line = b"".join([*parts, end])
-            if size > MAX_RECORD or line.strip():
-                yield _line_record(line, size + len(end))
+            if size + len(end) > MAX_RECORD:
+                yield RecordError(f"a line of more than {MAX_RECORD >> 20} MiB")
+            elif line.strip():
+                yield _line_record(line)
             parts, size = [], 0
         size += len(beginning)
-        parts = [*parts, beginning] if size <= MAX_RECORD else []
-    line = b"".join(parts)
-    if size > MAX_RECORD or line.strip():
-        yield _line_record(line, size)
+        parts.append(beginning)
+        if size > MAX_RECORD:
+            parts.clear()
 
 
-def _line_record(line: bytes, size: int) -> object:
-    if size > MAX_RECORD:
-        return RecordError(f"a line of more than {MAX_RECORD >> 20} MiB")
+def _line_record(line: bytes) -> object:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

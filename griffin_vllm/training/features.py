@@ -87,14 +87,12 @@ class CacheManifest:
         if not isinstance(stored, dict):
             return False
         wanted, found = asdict(self), {"target_weights": None, "target_config": None, **stored}
-
-        def unknown(digest: str) -> bool:
-            return None in (wanted[digest], found[digest])
-
-        ignored = {"target_weights" if unknown("target_weights") else "target": None}
-        if unknown("target_config"):
-            ignored["target_config"] = None
-        return wanted | ignored == found | ignored
+        ignored = [
+            name for name in ("target_weights", "target_config") if None in (wanted[name], found[name])
+        ]
+        if "target_weights" not in ignored:
+            ignored.append("target")
+        return wanted | dict.fromkeys(ignored) == found | dict.fromkeys(ignored)
 
 
 class FeatureCache:

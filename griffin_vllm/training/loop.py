@@ -41,7 +41,7 @@ from griffin_vllm.training.data import TokenDataset, length_buckets
 from griffin_vllm.training.export import export_head, model_card
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.plan import PlannedStep, plan_steps
-from griffin_vllm.training.run_folder import claim_output, only_run_in, with_precision
+from griffin_vllm.training.run_folder import CHECKPOINTS, HEAD, claim_output, only_run_in, with_precision
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.sizes import head_config
@@ -130,12 +130,12 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        return self.config.output / "checkpoints"
+        return self.config.output / CHECKPOINTS
 
     @property
     def exported(self) -> Path:
         """The finished head's folder."""
-        return self.config.output / "head"
+        return self.config.output / HEAD
 
     def run(self) -> Path:
         """Train to the end, or on from the latest checkpoint, and export; returns the finished head's folder.

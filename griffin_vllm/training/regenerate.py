@@ -8,7 +8,6 @@ resumed by the same command.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import claim
 from griffin_vllm.training.chat import distinct_share
 from griffin_vllm.training.conversations import (
     Conversation,
@@ -334,12 +334,7 @@ class _appending:  # noqa: N801 - a context manager
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("a+b")
         try:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self.file.fileno()).st_nlink == 0:
-                    raise BlockingIOError("removed since it was opened, by a run that ended")
-            except BlockingIOError as error:
-                raise GriffinError(f"{self.path}: another run is writing to it") from error
+            claim(self.file, f"{self.path}: another run is writing to it")
             return self.file, self._read()
         except BaseException:
             self.file.close()

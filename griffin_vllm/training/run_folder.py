@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,13 +13,13 @@ import torch
 from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import Head, weights_digest
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import check_same, read_json, write_whole
+from griffin_vllm.files import check_same, claim, read_json, write_whole
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import target_config_digest, target_digest
 from griffin_vllm.training.training_state import latest_checkpoint
 
-SETTINGS, INPUTS, LOCK = "config.json", "inputs.json", ".lock"
+SETTINGS, INPUTS, LOCK, CHECKPOINTS, HEAD = "config.json", "inputs.json", ".lock", "checkpoints", "head"
 REMEDY = "name another output folder"
 # What may differ when a run goes on: the weights that it ends with do not depend on it.
 MAY_CHANGE = {"output", "validate_every", "validation_samples", "checkpoint_minutes"}
@@ -62,7 +61,7 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
             check_same(
                 inputs, stored, {name: digest for name, digest in found.items() if name in stored}, REMEDY
             )
-    if before is not None and (config.output / "head").is_dir():
+    if before is not None and (config.output / HEAD).is_dir():
         return
     try:
         config.output.mkdir(parents=True, exist_ok=True)
@@ -82,9 +81,7 @@ def only_run_in(output: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context((output / LOCK).open("ab"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise GriffinError(f"{output}: another run is training in it") from error
+            claim(file, f"{output}: another run is training in it")
         except OSError as error:
             raise GriffinError(f"{output}: cannot be written ({GriffinError.reason(error)})") from error
         yield
@@ -93,7 +90,7 @@ def only_run_in(output: Path) -> Iterator[None]:
 def _settings_before(config: TrainConfig) -> TrainConfig | None:
     """The settings of the run in ``output``; None where no run has trained a step there."""
     path = config.output / SETTINGS
-    trained = latest_checkpoint(config.output / "checkpoints") or (config.output / "head").is_dir()
+    trained = latest_checkpoint(config.output / CHECKPOINTS) or (config.output / HEAD).is_dir()
     # a setting that is younger than the run has its default there
     return TrainConfig.check(read_json(path), path) if trained and path.is_file() else None
 
