@@ -35,9 +35,9 @@ from griffin_vllm.training.attention import dense_stream_attention, visible_posi
 from griffin_vllm.training.batches import Batch
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
-from griffin_vllm.training.head import DraftHead, GriffinHead, StreamAttention, Streams
+from griffin_vllm.training.head import DraftHead, GriffinHead, Streams
 from griffin_vllm.training.loop import Trainer
-from griffin_vllm.training.run_folder import claim_output, input_digests, with_precision
+from griffin_vllm.training.run_folder import check_output, input_digests, with_precision
 from griffin_vllm.training.simulate import Acceptance
 
 
@@ -68,19 +68,16 @@ class LeakyTrainer(Trainer):
     """Trains stages 2 and later with the leak; validates, as decoding does, without it."""
 
     def _new_head(self) -> DraftHead:
-        head = super()._new_head()
-        self.attention = LeakySoftmax()
-        for module in head.modules():
-            if isinstance(module, StreamAttention):
-                module.attention = self.attention
-        return head
+        # what the trainer builds its head with
+        self._attention = self.leaky = LeakySoftmax()
+        return super()._new_head()
 
     def _optimise(self, model: Any, optimizer: Any, index: int) -> dict[str, float]:
-        self.attention.leaks = self.plan[index].stage.draft_steps > 1
+        self.leaky.leaks = self.plan[index].stage.draft_steps > 1
         return super()._optimise(model, optimizer, index)
 
     def validate(self) -> Acceptance:
-        self.attention.leaks = False
+        self.leaky.leaks = False
         return super().validate()
 
 
@@ -118,6 +115,8 @@ class Variant:
     trainer: type[Trainer] = Trainer
 
 
+# What each variant differs from.
+BASE = {"method": "griffin", "head": None, "alignment": None, "detach": True}
 VARIANTS = {
     "griffin": Variant("GRIFFIN head, reference's mask, proper softmax, detached steps", {}),
     "griffin-no-mask": Variant("GRIFFIN head, no mask", {"alignment": "off"}),
@@ -147,6 +146,8 @@ def main(
     except ValueError as error:
         raise GriffinError.at("ablation.py", "--seeds", seeds, "whole numbers like 1,2,3") from error
     settings = settings_of(config)
+    for name in names:
+        settings_of_run(name, numbers[0], config, out)
     runs = recorded(json_path, settings)
     for seed in numbers:
         for name in names:
@@ -193,14 +194,14 @@ def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
     Raises:
         GriffinError: what is there was trained with other settings or from other data.
     """
-    variant, output = VARIANTS[name], out / f"{name}-{seed}"
-    overrides = {**variant.settings, "output": str(output), "seed": seed}
-    settings = TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
-    if (output / "head").is_dir():
-        claim_output(with_precision(settings, torch.device("cpu")), _start(settings))
+    settings = settings_of_run(name, seed, config, out)
+    if (settings.output / "head").is_dir():
+        check_output(with_precision(settings, torch.device("cpu")), _start(settings))
     else:
-        variant.trainer(settings).run()
-    last = [row for row in records.read_lines(output / "log.jsonl") if row["kind"] == "validation"][-1]
+        VARIANTS[name].trainer(settings).run()
+    last = [row for row in records.read_lines(settings.output / "log.jsonl") if row["kind"] == "validation"][
+        -1
+    ]
     return {
         "variant": name,
         "seed": seed,
@@ -210,13 +211,23 @@ def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
     }
 
 
+def settings_of_run(name: str, seed: int, config: Path, out: Path) -> TrainConfig:
+    """Raises GriffinError where the variant does not go with ``config``."""
+    overrides = {**VARIANTS[name].settings, "output": str(out / f"{name}-{seed}"), "seed": seed}
+    return TrainConfig.load(config, [f"--{key}={value}" for key, value in overrides.items()])
+
+
 def settings_of(config: Path) -> dict[str, Any]:
     """The common settings; for the folders of this machine the digests of what is in them.
 
     Raises:
-        GriffinError: something cannot be read, or the data have nothing to validate on.
+        GriffinError: something cannot be read, the data have nothing to validate on, or the settings are not of the
+            method that the variants differ from.
     """
     settings = with_precision(TrainConfig.load(config, ["--output", "ablation"]), torch.device("cpu"))
+    for name, value in BASE.items():
+        if getattr(settings, name) != value:
+            raise GriffinError.at(config, name, getattr(settings, name), f"{value!r}, which variants change")
     if not len(TokenDataset(settings.data, "validation")):
         raise GriffinError.at(
             settings.data, "validation samples", 0, "1 or more, which the variants are judged by"
@@ -231,23 +242,23 @@ def settings_of(config: Path) -> dict[str, Any]:
 
 def _start(settings: TrainConfig) -> Head | None:
     """The head of ``init_from``."""
-    return open_head(find_head(settings.init_from), settings.head_name) if settings.init_from else None
+    return open_head(find_head(settings.init_from), settings.head_kind) if settings.init_from else None
 
 
 def table(runs: list[dict[str, Any]]) -> Table:
-    lengths: dict[str, list[float]] = {}
+    by_variant: dict[str, list[float]] = {}
     for one in runs:
-        lengths.setdefault(one["variant"], []).append(one["acceptance_length"])
-    base = mean(lengths.get("griffin", next(iter(lengths.values()))))
+        by_variant.setdefault(one["variant"], []).append(one["acceptance_length"])
+    base = mean(by_variant.get("griffin", next(iter(by_variant.values()))))
     shown = Table("variant", "what it is", "tau, mean", "lowest to highest", "ratio to the first", "seeds")
-    for name, found in lengths.items():
+    for name, lengths in by_variant.items():
         shown.add_row(
             name,
             VARIANTS[name].description,
-            f"{mean(found):.3f}",
-            f"{min(found):.3f} to {max(found):.3f}",
-            f"{mean(found) / base:.3f}",
-            str(len(found)),
+            f"{mean(lengths):.3f}",
+            f"{min(lengths):.3f} to {max(lengths):.3f}",
+            f"{mean(lengths) / base:.3f}",
+            str(len(lengths)),
         )
     return shown
 

@@ -35,23 +35,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, options, records
 from benchmarks.engines import Answer
-from benchmarks.intervals import paired_ratio
 from benchmarks.methods import Method, Run, runs, sampling
 from benchmarks.oracle import Oracle
 from benchmarks.prompts import PromptSet
+from benchmarks.sources import CONTEXT_EDGES, REPETITION
 from benchmarks.trajectory import Trajectory
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.chat import distinct_share
 from griffin_vllm.training.data import LOOP_THRESHOLD
 
-REPETITION = ((LOOP_THRESHOLD, "loops"), (0.9, "repeats"), (2.0, "varied"))
-CONTEXT_EDGES = (128, 256, 512, 1024, 2048, 4096)
 COLUMNS = (
     "dataset",
     "method",
@@ -122,24 +118,14 @@ def score(answer: Answer, reference: Sequence[int] | None) -> Scored:
     )
 
 
-def ratio_interval(
-    ours: dict[str, list[int]], theirs: dict[str, list[int]]
-) -> tuple[float, tuple[float, float]]:
-    """Ratio of two acceptance lengths and its 95 % interval; each side (tokens, passes) by conversation, as
-    in a row's ``conversations``."""
-    names = sorted(ours.keys() & theirs.keys())
-    sides = [np.array([side[name] for name in names]).T[:, None] for side in (ours, theirs)]
-    return paired_ratio(np.array(sides))
-
-
 def _by_conversation(scored: Iterable[Scored]) -> dict[str, list[int]]:
     """Tokens and passes of each conversation."""
-    found: dict[str, list[int]] = {}
+    totals: dict[str, list[int]] = {}
     for one in scored:
-        counts = found.setdefault(one.conversation, [0, 0])
+        counts = totals.setdefault(one.conversation, [0, 0])
         counts[0] += sum(one.passes)
         counts[1] += len(one.passes)
-    return found
+    return totals
 
 
 def summarise(scored: Sequence[Scored], k: int) -> dict[str, Any]:
@@ -207,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with record.attempt(run), engines.start(run, **arguments) as llm:
             record.note_engine(run, engines.resolved_settings(llm))
             for prompts in sets:
-                found = _measure(llm, run, prompts, args, trajectory, record)
-                sampled += found if run.method.name == "none" else []
+                answers = _measure(llm, run, prompts, args, trajectory, record)
+                sampled += answers if run.method.name == "none" else []
     if args.oracle:
         with record.attempt(Run(Method("oracle"), 0)):
             record.results += _oracle_rows(sampled, args)

@@ -231,11 +231,11 @@ def read(folder: Path) -> tuple[str, dict[str, Any]]:
     file = folder / "vllm" / "_version.py"
     if not file.is_file():
         raise GriffinError(f"{file}: there is no such file, so {folder} holds no vLLM")
-    found = re.search(r"version = '(\d+\.\d+\.\d+[^']*)'", file.read_text(encoding="utf-8"))
-    if found is None:
+    version = re.search(r"version = '(\d+\.\d+\.\d+[^']*)'", file.read_text(encoding="utf-8"))
+    if version is None:
         raise GriffinError(f"{file}: names no version")
     names, lacks = missing(folder)
-    return found[1], {"names": names, "missing": lacks}
+    return version[1], {"names": names, "missing": lacks}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -249,8 +249,8 @@ def markdown(record: dict[str, Any]) -> str:
     if len(wheels) == 1 and None not in wheels:
         text += f"\nAll with one wheel, SHA-256 `{wheels.pop()}`.\n"
     for version, row in record["read"].items():
-        found = f"lacks {', '.join(row['missing'])}" if row["missing"] else "has all of them"
-        text += f"\n{version} was read, not run: of the {row['names']} things that are needed it {found}.\n"
+        verdict = f"lacks {', '.join(row['missing'])}" if row["missing"] else "has all of them"
+        text += f"\n{version} was read, not run: of the {row['names']} things that are needed it {verdict}.\n"
     return text
 
 

@@ -139,13 +139,13 @@ def fitting(
         turns = len(conversation.turns)
         return len(render_turns(tokenizer, conversation.turns, [""] * (turns - 1))) + turns * max_tokens
 
-    found = [conversation for conversation in conversations if longest(conversation) <= max_model_len]
-    if not found:
+    fit = [conversation for conversation in conversations if longest(conversation) <= max_model_len]
+    if not fit:
         raise GriffinError(
             f"none of {len(conversations)} conversations fits --max-model-len {max_model_len} with answers of "
             f"{max_tokens} tokens; --turns takes fewer turns"
         )
-    return found
+    return fit
 
 
 def answer(
@@ -194,23 +194,23 @@ def answer(
         for output in engine.step():
             now = time.perf_counter()
             number = output.request_id
-            conversation, found, submitted = running[number]
+            conversation, answer, submitted = running[number]
             new = output.outputs[0]
             if new.token_ids:
-                found.tokens += new.token_ids
-                found.emitted.append(len(new.token_ids))
-                found.times.append(now - submitted)
+                answer.tokens += new.token_ids
+                answer.emitted.append(len(new.token_ids))
+                answer.times.append(now - submitted)
             if margins:
-                _add_margins(found, new.logprobs or [])
+                _add_margins(answer, new.logprobs or [])
             if output.finished:
                 del running[number]
-                finished.append(found)
-                turn = found.turn
-                said[conversation.id].append(history[conversation.id][turn] if history else found.tokens)
+                finished.append(answer)
+                turn = answer.turn
+                said[conversation.id].append(history[conversation.id][turn] if history else answer.tokens)
                 if turn + 1 < len(conversation.turns):
                     submit(conversation)
     order = {conversation.id: i for i, conversation in enumerate(conversations)}
-    return sorted(finished, key=lambda found: (order[found.conversation], found.turn))
+    return sorted(finished, key=lambda answer: (order[answer.conversation], answer.turn))
 
 
 def render_turns(tokenizer: Any, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
@@ -223,11 +223,11 @@ def _interleave(turns: Sequence[str], answers: Sequence[str]) -> list[str]:
     return [text for pair in pairs for text in pair if text is not None]
 
 
-def _add_margins(found: Answer, logprobs: Sequence[Mapping[int, Any]]) -> None:
+def _add_margins(answer: Answer, logprobs: Sequence[Mapping[int, Any]]) -> None:
     for position in logprobs:
         first, second = sorted(position.items(), key=lambda item: -item[1].logprob)[:2]
-        found.margins.append(first[1].logprob - second[1].logprob)
-        found.runners_up.append(second[0])
+        answer.margins.append(first[1].logprob - second[1].logprob)
+        answer.runners_up.append(second[0])
 
 
 def counters(llm: LLM) -> dict[str, int]:

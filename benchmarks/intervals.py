@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 DRAWS = 4000
@@ -31,3 +33,29 @@ def paired_ratio(data: np.ndarray, draws: int = DRAWS) -> tuple[float, tuple[flo
         drawn += spread * random.standard_t(repeats - 1, len(drawn))
     low, high = np.exp(np.percentile(drawn, [2.5, 97.5]))
     return float(ratio(data.sum(axis=(2, 3)))), (float(low), float(high))
+
+
+def ratio_interval(
+    ours: dict[str, list[int]], theirs: dict[str, list[int]]
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of two acceptance lengths and its 95 % interval; each side (tokens, passes) by conversation, as
+    in a row's ``conversations``."""
+    names = sorted(ours.keys() & theirs.keys())
+    sides = [np.array([side[name] for name in names]).T[:, None] for side in (ours, theirs)]
+    return paired_ratio(np.array(sides))
+
+
+def speedup(
+    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS, *, loop_free: bool = False
+) -> tuple[float, tuple[float, float]] | None:
+    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations, or
+    of those that do not loop in ``plain``; None without a repeat that both have, or without such conversations."""
+    both = sorted(set(samples["repeats"]) & set(plain["repeats"]))
+    chosen = [i for i, loops in enumerate(plain["loops"]) if not loops] if loop_free else slice(None)
+    if not both or chosen == []:
+        return None
+    sides = [
+        [[side[field][side["repeats"].index(repeat)] for repeat in both] for field in ("tokens", "seconds")]
+        for side in (samples, plain)
+    ]
+    return paired_ratio(np.array(sides)[..., chosen], draws)

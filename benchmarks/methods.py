@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from griffin_vllm.checkpoint import find_head, open_head, weights_digest
 from griffin_vllm.config import HeadConfig
@@ -137,14 +137,14 @@ def method_name(row: dict[str, Any], *, details: bool = True) -> str:
 
 def head_details(row: dict[str, Any]) -> list[str]:
     """What a GRIFFIN head's config or tuning made of it in a result row."""
-    found = []
+    details = []
     if "draft_vocab_size" in row:
-        found.append(f"{row['draft_vocab_size']} tokens")
+        details.append(f"{row['draft_vocab_size']} tokens")
     if "draft_stop_probability" in row:
-        found.append(f"stops below {row['draft_stop_probability']:g}")
+        details.append(f"stops below {row['draft_stop_probability']:g}")
     if "prompt_lookup_min" in row:
-        found.append(f"lookup from {row['prompt_lookup_min']}")
-    return found
+        details.append(f"lookup from {row['prompt_lookup_min']}")
+    return details
 
 
 def _short(head: str) -> str:
@@ -230,7 +230,7 @@ def runs(methods: Iterable[Method], ks: Sequence[int | str], dtype: str) -> list
 def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequence[float]) -> list[Run]:
     """Every head with every way of drafting at a temperature, its own one where none is named; at temperature 0 there
     is but one."""
-    found = []
+    sampled = []
     for run in planned:
         ways: Sequence[str] = ["greedy"]
         if run.method.head:
@@ -238,8 +238,8 @@ def sampling(planned: Iterable[Run], samplers: Sequence[str], temperatures: Sequ
         for way in SAMPLERS:
             measured = tuple(t for t in temperatures if (way in ways if t else way == "greedy"))
             if measured:
-                found.append(replace(run, draft_sample_method=way, temperatures=measured))
-    return found
+                sampled.append(replace(run, draft_sample_method=way, temperatures=measured))
+    return sampled
 
 
 def _tuned(method: Method, dtype: str) -> Run:
@@ -250,6 +250,15 @@ def _tuned(method: Method, dtype: str) -> Run:
             f"{head.folder}: has no tuning of this machine, vLLM and {dtype}; run `griffin tune` first"
         )
     return Run(method, tuning.num_speculative_tokens, tuning=tuning)
+
+
+class Cell(NamedTuple):
+    """What is measured once a repeat: one engine (its place in the plan) on one data set under one load."""
+
+    engine: int
+    dataset: str
+    temperature: float
+    concurrency: int
 
 
 def in_turn(repeats: int, planned: int) -> Iterator[tuple[int, int]]:

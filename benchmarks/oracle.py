@@ -52,7 +52,7 @@ class Oracle:
         """``answers`` in the order of ``engines.answer``, each turn after its own conversation's earlier ones."""
         turns = {conversation.id: conversation.turns for conversation in conversations}
         said: dict[str, list[str]] = {}
-        found = []
+        seen = []
         for answer in answers:
             before = said.setdefault(answer.conversation, [])
             prompt = render_turns(self.tokenizer, turns[answer.conversation][: answer.turn + 1], before)
@@ -61,5 +61,5 @@ class Oracle:
             logits: Any = self.model(context, logits_to_keep=len(answer.tokens)).logits[0]
             top = (logits.float() / temperature).softmax(-1).max(-1)
             likeliest = top.indices == torch.tensor(answer.tokens)
-            found.append(Seen(answer, likeliest.tolist(), top.values.tolist()))
-        return found
+            seen.append(Seen(answer, likeliest.tolist(), top.values.tolist()))
+        return seen

@@ -11,18 +11,18 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from benchmarks import records
 from benchmarks.methods import method_name
-from benchmarks.sources import Source, drafts
+from benchmarks.records import read_lines
+from benchmarks.sources import ReadRecord, drafts
 
 
-def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figure]:
-    acceptance = [row for source in sources if source.kind == "acceptance" for row in _rows(source, sources)]
+def plots(records: Sequence[ReadRecord], training: Sequence[Path]) -> dict[str, Figure]:
+    acceptance = [row for record in records if record.kind == "acceptance" for row in _rows(record, records)]
     drafted = [row for row in acceptance if row.get("position_acceptance")]
     compared = [
-        [row for row in _rows(source, sources) if "speedup" in row and row["method"] != "none"]
-        for source in sources
-        if source.kind == "speed"
+        [row for row in _rows(record, records) if "speedup" in row and row["method"] != "none"]
+        for record in records
+        if record.kind == "speed"
     ]
     # runs of one load only would be single points, with a legend each
     by_load = [rows for rows in compared if len({row["concurrency"] for row in rows}) > 1]
@@ -38,11 +38,11 @@ def plots(sources: Sequence[Source], training: Sequence[Path]) -> dict[str, Figu
     return drawn
 
 
-def _rows(source: Source, sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """The rows of ``source``, with its name where another record is drawn into the same plot: its conditions may be
+def _rows(record: ReadRecord, records: Sequence[ReadRecord]) -> list[dict[str, Any]]:
+    """The rows of ``record``, with its name where another record is drawn into the same plot: its conditions may be
     others, and no line joins two records."""
-    several = sum(one.kind == source.kind for one in sources) > 1
-    return [{**row, "record": source.name} if several else row for row in source.results]
+    several = sum(one.kind == record.kind for one in records) > 1
+    return [{**row, "record": record.name} if several else row for row in record.results]
 
 
 def _panels(
@@ -136,7 +136,7 @@ def _training(runs: Sequence[Path]) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss, length = figure.subplots(1, 2)
     for run in runs:
-        log = records.read_lines(run / "log.jsonl")
+        log = read_lines(run / "log.jsonl")
         for axis, kind, field in ((loss, "train", "loss"), (length, "validation", "acceptance_length")):
             rows = [row for row in log if row["kind"] == kind]
             axis.plot([row["step"] for row in rows], [row[field] for row in rows], label=run.name)

@@ -28,10 +28,10 @@ class PromptSet:
 
 
 def read_prompts(
-    source: str, limit: int | None = None, target: str | None = None, longest: int | None = None
+    source: str, limit: int | None = None, target: str | None = None, max_turns: int | None = None
 ) -> PromptSet:
     """The first ``limit`` conversations of a file, or of a data set that vLLM's benchmarks know by name,
-    each with its first ``longest`` turns.
+    each with its first ``max_turns`` turns.
 
     A file holds a JSON array or one JSON object a line, each with one of ``FORMS``. vLLM's loaders of named
     data sets ask for the tokenizer of ``target``.
@@ -50,7 +50,7 @@ def read_prompts(
         if not turns:
             raise GriffinError.at(path, f"record {number}", record, f"an object with {FORMS}")
         name = record.get("question_id", record.get("id", number))
-        conversations.append(Conversation(str(name), tuple(turns[:longest])))
+        conversations.append(Conversation(str(name), tuple(turns[:max_turns])))
     if not conversations:
         raise GriffinError(f"{path}: holds no prompts")
     return PromptSet(path.stem, tuple(conversations))

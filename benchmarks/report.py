@@ -13,31 +13,37 @@ from __future__ import annotations
 
 import argparse
 import html
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.acceptance import CONTEXT_EDGES, REPETITION, ratio_interval
+from benchmarks.comparisons import margins, speed_margins
 from benchmarks.methods import head_details, method_name
 from benchmarks.options import execute
 from benchmarks.plots import plots, svg
 from benchmarks.round import table as phases
-from benchmarks.sources import TITLES, Source, drafts, is_baseline, read_records
-from benchmarks.speed import speedup
+from benchmarks.sources import (
+    CONTEXT_EDGES,
+    REPETITION,
+    TITLES,
+    ReadRecord,
+    drafts,
+    is_baseline,
+    read_records,
+)
 from benchmarks.tables import pipes, rewrite
 from griffin_vllm.files import write_whole
 
 BEGIN, END = "<!-- benchmarks: begin (written by `make bench`) -->", "<!-- benchmarks: end -->"
-# column title -> (fields that it shows, how)
+# column title -> what its cell shows of a row
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "data set": lambda row: f"{row['dataset']} ({row['num_prompts']})",
     "method": lambda row: method_name(row, details=False),
-    "K": lambda row: drafts(row),
+    "K": drafts,
     "T": lambda row: f"{row['temperature']:g}",
     "requests at a time": lambda row: str(row["concurrency"]),
     "tau": lambda row: number(row, "acceptance_length", 2),
@@ -116,8 +122,6 @@ BREAKDOWN_TITLE = (
     + ", ".join(f"{name}: below {below:g}" if below <= 1 else f"{name}: above" for below, name in REPETITION)
     + ")"
 )
-MARGINS = ["data set", "method", "against", "K", "T", "ratio of tau"]
-SPEED_MARGINS = ["method", "against", "T", "requests at a time", "ratio of speeds", "without loops"]
 # From fewer conversations draws with replacement say little more than their range.
 FEWEST_DRAWN = 5
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
@@ -143,11 +147,11 @@ def loop_free_conversations(row: dict[str, Any]) -> int:
     return row.get("samples", {}).get("loops", []).count(False)
 
 
-def conditions(source: Source) -> str:
+def conditions(record: ReadRecord) -> str:
     """One line with everything that a number of this record depends on."""
-    settings = source.settings
+    settings = record.settings
     machine, engine = settings["machine"], settings.get("engine", {})
-    repeats = [row["repeats"] for row in source.results if "repeats" in row] or [settings.get("repeats")]
+    repeats = [row["repeats"] for row in record.results if "repeats" in row] or [settings.get("repeats")]
     preloaded = settings["environment"].get("LD_PRELOAD")
     prompts = ", ".join(f"{name} ({one['conversations']})" for name, one in settings["prompts"].items())
     parts = [
@@ -157,21 +161,22 @@ def conditions(source: Source) -> str:
         ", ".join(f"{name} {version}" for name, version in settings["versions"].items()),
         f"target {settings['target']}",
         *(
-            f"head {name} ({', '.join([digest, *asked_of(name, source.results)])})"
+            f"head {name} ({', '.join([digest, *asked_of(name, record.results)])})"
             for name, digest in settings.get("heads", {}).items()
         ),
         f"{engine['dtype']}, compilation {engine['compilation']}" if engine else "",
         f"{engine['threads']} threads" if "threads" in engine else "",
         *(
-            f"engine of {label} differs: " + ", ".join(f"{name} {value}" for name, value in found.items())
-            for label, found in settings.get("engine_differences", {}).items()
+            f"engine of {label} differs: "
+            + ", ".join(f"{name} {value}" for name, value in differences.items())
+            for label, differences in settings.get("engine_differences", {}).items()
         ),
         f"at most {settings['max_tokens']} tokens an answer" if prompts else "",
         f"prompts {prompts}" if prompts else "",
         f"preloaded {preloaded}" if preloaded else "nothing preloaded",
         f"{min(repeats)} repeats" if repeats != [None] else "",
         "" if settings.get("finished", True) else "unfinished",
-        f"failed: {', '.join(one['run'] for one in source.failures)}" if source.failures else "",
+        f"failed: {', '.join(one['run'] for one in record.failures)}" if record.failures else "",
         f"served, asked by {settings['client']}" if "client" in settings else "",
         f"host overhead of a plain step {settings['host_overhead_share']:.0%}"
         if "host_overhead_share" in settings
@@ -192,137 +197,21 @@ def asked_of(head: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{name}: {kind or 'to the end'}" for kind, name in kinds.items()]
 
 
-def cells(source: Source) -> list[list[str]]:
-    if source.kind == "round":
-        return phases(source.results)
-    titles = SHOWN[source.kind].split(", ")
-    return [titles, *([COLUMNS[title](row) for title in titles] for row in source.results)]
+def cells(record: ReadRecord) -> list[list[str]]:
+    if record.kind == "round":
+        return phases(record.results)
+    titles = SHOWN[record.kind].split(", ")
+    return [titles, *([COLUMNS[title](row) for title in titles] for row in record.results)]
 
 
-def margins(source: Source) -> list[list[str]]:
-    """GRIFFIN's acceptance length over every other speculator's at the same K, temperature and way of sampling
-    drafts (ngram has none), data set by data set and over all of them, as table cells; empty where there is
-    nothing to compare."""
-    rows = [*source.results, *source.baselines]
-    drafted = [row for row in rows if row["method"] != "none" and row.get("conversations")]
-    groups: dict[tuple[Any, ...], dict[Named, dict[str, dict[str, list[int]]]]] = {}
-    sampled_by: dict[Named, str | None] = {}
-    for row in drafted:
-        named = Named.of(row)
-        sampled_by[named] = row.get("draft_sample_method")
-        group = groups.setdefault((row["num_speculative_tokens"], row["temperature"], row["concurrency"]), {})
-        sets = group.setdefault(named, {})
-        sets[row["dataset"]] = row["conversations"]
-        everything = sets.setdefault("all", {})
-        everything |= {f"{row['dataset']}/{name}": counts for name, counts in row["conversations"].items()}
-    lines = []
-    for (k, temperature, _), methods in groups.items():
-        griffins = [named for named in methods if named.is_griffin]
-        for ours, theirs in itertools.product(griffins, [named for named in methods if not named.is_griffin]):
-            if sampled_by[theirs] not in (None, sampled_by[ours]):
-                continue
-            for dataset in methods[ours].keys() & methods[theirs].keys():
-                ratio, (low, high) = ratio_interval(methods[ours][dataset], methods[theirs][dataset])
-                margin = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
-                lines.append([dataset, ours.shown, theirs.shown, str(k), f"{temperature:g}", margin])
-    return [MARGINS, *sorted(lines)] if lines else []
-
-
-def speed_margins(source: Source) -> list[list[str]]:
-    """GRIFFIN's decoding speed over every other speculator's and plain decoding's, each at its own best K (or the only
-    one of the record) and over all data sets, as table cells; empty where there is nothing to compare."""
-    ks: dict[Named, set[int]] = {}
-    for row in source.results:
-        ks.setdefault(Named.of(row), set()).add(row["num_speculative_tokens"])
-    has_best = {Named.of(row) for row in source.results if row.get("best_k")}
-    has_best |= {named for named, tried in ks.items() if len(tried) > 1}
-    groups: dict[tuple[float, int], dict[Named, dict[str, dict[str, Any]]]] = {}
-    for row in source.results:
-        again = row["method"] == "none" and not is_baseline(row)
-        if "samples" in row and not again and (row.get("best_k") or Named.of(row) not in has_best):
-            group = groups.setdefault((row["temperature"], row["concurrency"]), {})
-            group.setdefault(Named.of(row), {})[row["dataset"]] = row
-    lines = []
-    for (temperature, concurrency), methods in groups.items():
-        for ours, theirs in pairs(list(methods)):
-            both = sorted(methods[ours].keys() & methods[theirs].keys())
-            sides = [[methods[named][dataset] for dataset in both] for named in (ours, theirs)]
-            # which answers loop is the target's affair at temperature 0 only
-            kinds = (False, True) if temperature == 0 else (False,)
-            ratios = [speed_ratio(*sides, loop_free=kind) if both else "" for kind in kinds]
-            if ratios[0]:
-                names = [
-                    named.shown
-                    if named.shown == "none" or "schedule" in side[0]
-                    else f"{named.shown} K={side[0]['num_speculative_tokens']}"
-                    for named, side in zip((ours, theirs), sides, strict=True)
-                ]
-                lines.append(
-                    [*names, f"{temperature:g}", str(concurrency), *ratios, *[""] * (2 - len(ratios))]
-                )
-    return [SPEED_MARGINS, *lines] if lines else []
-
-
-def _speed_title(source: Source) -> str:
-    which = "each at its own best K, " if any(row.get("best_k") for row in source.results) else ""
+def _speed_title(record: ReadRecord) -> str:
+    which = "each at its own best K, " if any(row.get("best_k") for row in record.results) else ""
     return f"Speed against the others, {which}over all data sets, with 95 % intervals"
 
 
-def pairs(methods: Sequence[Named]) -> Iterator[tuple[Named, Named]]:
-    """Every GRIFFIN head with every other method, and with those GRIFFIN heads that stand before it."""
-    griffins = [named for named in methods if named.is_griffin]
-    for i, ours in enumerate(griffins):
-        for theirs in [*(named for named in methods if not named.is_griffin), *griffins[:i]]:
-            yield ours, theirs
-
-
-def speed_ratio(
-    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], *, loop_free: bool = False
-) -> str:
-    """Ratio of speeds and its interval, over all of two runs' rows, a data set each; empty where nothing is measured
-    of both."""
-    compared = speedup(pooled_samples(ours), pooled_samples(theirs), loop_free=loop_free)
-    return "{:.2f} [{:.2f}, {:.2f}]".format(compared[0], *compared[1]) if compared else ""
-
-
-class Named(NamedTuple):
-    """What tells the methods of one record apart: the head as the record names it, and what the tables show."""
-
-    head: str | None
-    shown: str
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Named:
-        shown = method_name(row, details=False) + (f" {drafts(row)}" if "schedule" in row else "")
-        return cls(row.get("head"), shown)
-
-    @property
-    def is_griffin(self) -> bool:
-        return self.shown.startswith("griffin")
-
-
-def pooled_samples(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``samples`` of one run's rows, a data set each and in one order for all runs, as those of one."""
-    sides = [row["samples"] for row in rows]
-    repeats = sorted(set.intersection(*(set(side["repeats"]) for side in sides)))
-
-    def side_by_side(field: str) -> list[list[float]]:
-        return [
-            [number for side in sides for number in side[field][side["repeats"].index(repeat)]]
-            for repeat in repeats
-        ]
-
-    return {
-        "repeats": repeats,
-        "loops": [loops for side in sides for loops in side.get("loops", [])],
-        "tokens": side_by_side("tokens"),
-        "seconds": side_by_side("seconds"),
-    }
-
-
-def breakdown(source: Source) -> list[list[str]]:
+def breakdown(record: ReadRecord) -> list[list[str]]:
     """Acceptance lengths of each row's groups, as table cells; empty where the record has none."""
-    rows = [row for row in source.results if row["method"] != "none" and BREAKDOWN.keys() & row.keys()]
+    rows = [row for row in record.results if row["method"] != "none" and BREAKDOWN.keys() & row.keys()]
     groups = [
         (field, group)
         for field in BREAKDOWN
@@ -342,59 +231,59 @@ def breakdown(source: Source) -> list[list[str]]:
     return [header, *lines] if lines else []
 
 
-def details(source: Source) -> list[tuple[str, list[list[str]]]]:
+def details(record: ReadRecord) -> list[tuple[str, list[list[str]]]]:
     """Title and cells of the tables below a record's own, those that it has something for."""
     tables = [
-        (BREAKDOWN_TITLE, breakdown(source)),
-        ("Acceptance length against the others, with 95 % intervals", margins(source)),
-        (_speed_title(source), speed_margins(source)),
+        (BREAKDOWN_TITLE, breakdown(record)),
+        ("Acceptance length against the others, with 95 % intervals", margins(record)),
+        (_speed_title(record), speed_margins(record)),
     ]
     return [(title, table) for title, table in tables if table]
 
 
-def markdown(source: Source) -> str:
-    parts = [f"**{TITLES[source.kind]}**", pipes(cells(source))]
-    for title, table in details(source):
+def markdown(record: ReadRecord) -> str:
+    parts = [f"**{TITLES[record.kind]}**", pipes(cells(record))]
+    for title, table in details(record):
         parts += [f"{title}:", pipes(table)]
-    return "\n\n".join([*parts, f"{conditions(source)}.\n"])
+    return "\n\n".join([*parts, f"{conditions(record)}.\n"])
 
 
-def overview(source: Source) -> str:
+def overview(record: ReadRecord) -> str:
     """A record's short table, as Markdown."""
-    if source.kind not in OVERVIEW:
-        return markdown(source)
-    naming, content, cell = OVERVIEW[source.kind]
+    if record.kind not in OVERVIEW:
+        return markdown(record)
+    naming, content, cell = OVERVIEW[record.kind]
     titles = naming.split(", ")
     lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in source.results:
+    for row in record.results:
         run, dataset = tuple(COLUMNS[title](row) for title in titles), COLUMNS["data set"](row)
         while dataset in lines.get(run, {}):
             run = (f"{run[0]} (again)", *run[1:])
         lines.setdefault(run, {})[dataset] = cell(row)
     datasets = list(dict.fromkeys(name for line in lines.values() for name in line))
     body = [[*names, *(line.get(name, "") for name in datasets)] for names, line in lines.items()]
-    parts = [f"**{TITLES[source.kind]}**: {content}", pipes([[*titles, *datasets], *body])]
-    header, *compared = margins(source) or [[]]
+    parts = [f"**{TITLES[record.kind]}**: {content}", pipes([[*titles, *datasets], *body])]
+    header, *compared = margins(record) or [[]]
     if pooled := [line for line in compared if line[0] == "all"]:
         parts += ["Over all data sets, with 95 % intervals:", pipes([header, *pooled])]
-    header, *compared = speed_margins(source) or [[]]
+    header, *compared = speed_margins(record) or [[]]
     if len(datasets) == 1:
         # the table above has them
         compared = [line for line in compared if line[1] != "none"]
     if compared:
-        parts += [f"{_speed_title(source)}:", pipes([header, *compared])]
-    return "\n\n".join([*parts, f"{conditions(source)}.\n"])
+        parts += [f"{_speed_title(record)}:", pipes([header, *compared])]
+    return "\n\n".join([*parts, f"{conditions(record)}.\n"])
 
 
-def page(sources: Sequence[Source], drawings: dict[str, str]) -> str:
+def page(records: Sequence[ReadRecord], drawings: dict[str, str]) -> str:
     body = [f"<h1>griffin-vllm: benchmarks</h1>\n<style>{STYLE}</style>"]
     for drawing in drawings.values():
         body.append(drawing[drawing.index("<svg") :])
-    for source in sources:
-        body.append(f"<h2>{TITLES[source.kind]}</h2>\n{_html_table(cells(source))}")
-        for title, table in details(source):
+    for record in records:
+        body.append(f"<h2>{TITLES[record.kind]}</h2>\n{_html_table(cells(record))}")
+        for title, table in details(record):
             body.append(f"<p>{html.escape(title)}:</p>\n{_html_table(table)}")
-        body.append(f'<p class="conditions">{html.escape(conditions(source))}</p>')
+        body.append(f'<p class="conditions">{html.escape(conditions(record))}</p>')
     opening = "<!doctype html><meta charset=utf-8><title>griffin-vllm benchmarks</title>"
     return "\n".join([opening, *body]) + "\n"
 
@@ -423,15 +312,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--training", type=Path, nargs="*", default=[], metavar="RUN", help="training folders"
     )
     args = parser.parse_args(argv)
-    sources = read_records(args.records)
-    headlines = sources if args.headlines is None else read_records(args.headlines)
+    records = read_records(args.records)
+    headlines = records if args.headlines is None else read_records(args.headlines)
     args.out.mkdir(parents=True, exist_ok=True)
     drawings = {name: svg(figure) for name, figure in plots(headlines, args.training).items()}
     for name, drawing in drawings.items():
         write_whole(args.out / f"{name}.svg", drawing)
-    write_whole(args.out / "report.html", page(sources, drawings))
-    print("\n".join(map(markdown, sources)))
-    for path, shown in ((args.readme, headlines), (args.details, sources)):
+    write_whole(args.out / "report.html", page(records, drawings))
+    print("\n".join(map(markdown, records)))
+    for path, shown in ((args.readme, headlines), (args.details, records)):
         if path:
             folder = Path(os.path.relpath(args.out, path.parent))
             images = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import socket
 import subprocess
@@ -13,11 +14,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
-from benchmarks.methods import Run
-from benchmarks.prompts import Conversation
+from benchmarks.methods import Cell, Run, in_turn
+from benchmarks.prompts import Conversation, PromptSet
+from benchmarks.records import Record
 
 START_SECONDS, STOP_SECONDS, HEALTH_SECONDS = 900, 60, 5
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -115,15 +119,75 @@ def bench(
         command += ["--max-concurrency", str(concurrency), "--num-warmups", str(concurrency)]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        found = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
-    if found.get("failed"):
-        raise RuntimeError(f"{found['failed']} of {len(questions)} requests failed")
+        result = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+    if result.get("failed"):
+        raise RuntimeError(f"{result['failed']} of {len(questions)} requests failed")
     row = {
-        "num_prompts": found["completed"],
-        "tokens_per_second": found["output_throughput"],
-        "time_per_output_token_ms": found["mean_tpot_ms"],
-        "time_to_first_token_ms": found["median_ttft_ms"],
+        "num_prompts": result["completed"],
+        "tokens_per_second": result["output_throughput"],
+        "time_per_output_token_ms": result["mean_tpot_ms"],
+        "time_to_first_token_ms": result["median_ttft_ms"],
     }
-    if "spec_decode_acceptance_length" in found:
-        row["vllm_acceptance_length"] = found["spec_decode_acceptance_length"]
+    if "spec_decode_acceptance_length" in result:
+        row["vllm_acceptance_length"] = result["spec_decode_acceptance_length"]
     return row
+
+
+def measure(
+    args: argparse.Namespace,
+    sets: Sequence[PromptSet],
+    record: Record,
+    planned: Sequence[Run],
+    arguments: dict[str, Any],
+) -> None:
+    """Fill the record of ``speed.py`` with what the client measures of each planned run's server."""
+    record.settings["client"] = "vllm bench serve"
+    # a prompt is asked more than once; its second prefill must cost what the first did
+    arguments = arguments | {"enable_prefix_caching": False}
+    measured: dict[Cell, list[dict[str, Any]]] = {}
+    for _, engine in in_turn(args.repeats, len(planned)):
+        run = planned[engine]
+        with record.attempt(run), server(run, arguments) as started:
+            record.note_engine(run, asked(arguments))
+            for prompts, temperature, concurrency in product(sets, run.temperatures, args.concurrency):
+                fields = bench(
+                    started.url,
+                    args.target,
+                    prompts.conversations,
+                    max_tokens=args.max_tokens,
+                    temperature=temperature,
+                    concurrency=concurrency,
+                )
+                measured.setdefault(Cell(engine, prompts.name, temperature, concurrency), []).append(fields)
+            record.results = _rows(planned, measured)
+
+
+def _rows(planned: Sequence[Run], measured: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = [
+        {
+            **planned[cell.engine].fields(),
+            "dataset": cell.dataset,
+            "temperature": cell.temperature,
+            "concurrency": cell.concurrency,
+            "repeats": len(repeats),
+            # each of them is a measurement, so the middle one of an even number is the lower
+            **{name: median_low(one[name] for one in repeats if name in one) for name in repeats[0]},
+        }
+        for cell, repeats in sorted(measured.items())
+    ]
+    _add_speedups(rows)
+    return rows
+
+
+def _add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    """Ratios of times per token to the first ``none`` under the same load."""
+
+    def load(row: dict[str, Any]) -> tuple[str, float, int]:
+        return row["dataset"], row["temperature"], row["concurrency"]
+
+    # from the last to the first, which stays
+    plain = {load(row): row for row in reversed(rows) if row["method"] == "none"}
+    for row in rows:
+        if load(row) in plain:
+            baseline = plain[load(row)]["time_per_output_token_ms"]
+            row["speedup"] = baseline / row["time_per_output_token_ms"]

@@ -26,16 +26,16 @@ def with_stop(question: Question, answer: Answer, tokenizer: Any) -> Question:
 
 def compare(reply: Reply, expected: Answer, tokenizer: Any, near_tie: float) -> Verdict:
     """A greedy reply against plain vLLM's answer, as far as the reply was to go."""
-    found = Answer(expected.conversation, 0, 0, tokens=reply.tokens)
+    answer = Answer(expected.conversation, 0, 0, tokens=reply.tokens)
     if reply.outcome == "aborted":
-        return judge(found, replace(expected, tokens=expected.tokens[: len(found.tokens)]), near_tie)
+        return judge(answer, replace(expected, tokens=expected.tokens[: len(answer.tokens)]), near_tie)
     stop = reply.demand.question.stop
     if stop is None:
-        return judge(found, expected, near_tie)
+        return judge(answer, expected, near_tie)
     whole = tokenizer.decode(expected.tokens, skip_special_tokens=True)
     if reply.text == whole[: whole.index(stop)]:
         return Verdict("identical")
-    verdict = judge(found, expected, near_tie)
+    verdict = judge(answer, expected, near_tie)
     return verdict if verdict.kind == "near_tie" else Verdict("wrong", verdict.position, verdict.margin)
 
 
@@ -47,15 +47,15 @@ def breaks_its_terms(reply: Reply) -> bool:
     if question.kind != "json" or reply.finish_reason != "stop":
         return False
     try:
-        found = json.loads(reply.text)
+        parsed = json.loads(reply.text)
     except ValueError:
         return True
     return not (
-        isinstance(found, dict)
-        and found.keys() == {"answer", "sure"}
-        and isinstance(found["answer"], str)
-        and len(found["answer"]) <= LONGEST_JSON_ANSWER
-        and isinstance(found["sure"], bool)
+        isinstance(parsed, dict)
+        and parsed.keys() == {"answer", "sure"}
+        and isinstance(parsed["answer"], str)
+        and len(parsed["answer"]) <= LONGEST_JSON_ANSWER
+        and isinstance(parsed["sure"], bool)
     )
 
 
@@ -83,12 +83,12 @@ def acceptance_lengths(first: Sequence[Reply], last: Sequence[Reply]) -> tuple[f
 async def server_side(url: str) -> dict[str, Any]:
     """What the server tells after the traffic, as fields of a result row."""
     left = await left_behind(url)
-    found = await metrics(url)
+    values = await metrics(url)
     return {
         "left_behind": left,
-        "prefix_cache_hit_share": found["vllm:prefix_cache_hits_total"]
-        / max(found["vllm:prefix_cache_queries_total"], 1),
-        "preemptions": int(found["vllm:num_preemptions_total"]),
+        "prefix_cache_hit_share": values["vllm:prefix_cache_hits_total"]
+        / max(values["vllm:prefix_cache_queries_total"], 1),
+        "preemptions": int(values["vllm:num_preemptions_total"]),
     }
 
 
@@ -96,8 +96,8 @@ async def left_behind(url: str, seconds: float = 30.0) -> int:
     """Requests that the server still runs or keeps waiting; asks for up to ``seconds`` until there are none."""
     deadline = time.monotonic() + seconds
     while True:
-        found = await metrics(url)
-        left = int(found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"])
+        values = await metrics(url)
+        left = int(values["vllm:num_requests_running"] + values["vllm:num_requests_waiting"])
         if not left or time.monotonic() > deadline:
             return left
         await asyncio.sleep(0.5)

@@ -187,7 +187,7 @@ def _take_metrics(reply: Reply, message: Any) -> None:
 
 async def reference(client: openai.AsyncOpenAI, model: str, question: Question, max_tokens: int) -> Answer:
     """The greedy answer with the margin of every token."""
-    answer = await client.chat.completions.create(
+    completion = await client.chat.completions.create(
         **question.request(),
         model=model,
         max_tokens=max_tokens,
@@ -196,13 +196,14 @@ async def reference(client: openai.AsyncOpenAI, model: str, question: Question, 
         top_logprobs=2,
         extra_body={"return_token_ids": True, "return_tokens_as_token_ids": True},
     )
-    [choice] = answer.choices
-    found = Answer(question.id, 0, answer.usage.prompt_tokens, tokens=list(choice.model_extra["token_ids"]))
+    [choice] = completion.choices
+    tokens = list(choice.model_extra["token_ids"])
+    answer = Answer(question.id, 0, completion.usage.prompt_tokens, tokens)
     for position in choice.logprobs.content:
         first, second = position.top_logprobs
-        found.margins.append(first.logprob - second.logprob)
-        found.runners_up.append(int(second.token.removeprefix("token_id:")))
-    return found
+        answer.margins.append(first.logprob - second.logprob)
+        answer.runners_up.append(int(second.token.removeprefix("token_id:")))
+    return answer
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The records of the benchmarks as the report reads them, and what names their rows."""
+"""The records of the benchmarks as the report reads them, and what names their rows and groups."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.methods import TUNED, UNTUNED, WITHOUT_HEAD
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import read_json
+from griffin_vllm.training.data import LOOP_THRESHOLD
 
 TITLES = {
     "acceptance": "Acceptance length",
@@ -18,11 +19,14 @@ TITLES = {
     "round": "One round",
     "startup": "Engine start",
 }
+# Groups of acceptance lengths. How repetitive an answer is: its share of distinct 4-grams is below the number.
+REPETITION = ((LOOP_THRESHOLD, "loops"), (0.9, "repeats"), (2.0, "varied"))
+# Tokens in a context: fewer than one of these, or not.
+CONTEXT_EDGES = (128, 256, 512, 1024, 2048, 4096)
 
 
-class Source(NamedTuple):
-    """One record: what ``records.Record`` wrote, its file's stem, and rows of other records that its own are compared
-    with."""
+class ReadRecord(NamedTuple):
+    """What ``records.Record`` wrote, its file's stem, and rows of other records that its own are compared with."""
 
     settings: dict[str, Any]
     results: list[dict[str, Any]]
@@ -46,33 +50,33 @@ def is_baseline(row: dict[str, Any]) -> bool:
     return row["method"] == "none" and "speedup_ci" not in row
 
 
-def read_record(path: Path) -> Source:
-    found = read_json(path)
-    settings, results = found.get("settings", {}), found.get("results")
+def read_record(path: Path) -> ReadRecord:
+    written = read_json(path)
+    settings, results = written.get("settings", {}), written.get("results")
     if settings.get("benchmark") not in TITLES or not isinstance(results, list):
         raise GriffinError(f"{path}: is not a record of one of {', '.join(TITLES)}.py")
-    return Source(settings, results, path.stem, failures=found.get("failures", ()))
+    return ReadRecord(settings, results, path.stem, failures=written.get("failures", ()))
 
 
-def read_records(paths: Sequence[Path]) -> list[Source]:
+def read_records(paths: Sequence[Path]) -> list[ReadRecord]:
     """Records that share what they were asked share the rows of methods without a head, too."""
-    sources = [read_record(path) for path in paths]
+    read = [read_record(path) for path in paths]
 
-    def asked(source: Source) -> list[Any]:
-        settings = source.settings
+    def asked(record: ReadRecord) -> list[Any]:
+        settings = record.settings
         dtype = settings.get("engine", {}).get("dtype")
-        return [source.kind, dtype, *(settings[name] for name in ("target", "prompts", "max_tokens"))]
+        return [record.kind, dtype, *(settings[name] for name in ("target", "prompts", "max_tokens"))]
 
     return [
-        source._replace(
+        record._replace(
             baselines=[
                 row
-                for other in sources
-                if source.kind == "acceptance" and other is not source and asked(other) == asked(source)
+                for other in read
+                if record.kind == "acceptance" and other is not record and asked(other) == asked(record)
                 for row in other.results
                 if row["method"] in WITHOUT_HEAD
-                and row["method"] not in {ours["method"] for ours in source.results}
+                and row["method"] not in {ours["method"] for ours in record.results}
             ]
         )
-        for source in sources
+        for record in read
     ]

@@ -20,7 +20,8 @@ and which of these ``loops``: has an answer whose token 4-grams repeat themselve
 temperature 0 ``speedup_loop_free`` is the speedup on those that plain decoding does not loop in.
 
 ``host_overhead_share`` (a setting) of a plain step is the part in which no model runs (scheduling, input preparation,
-sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1.
+sampling, detokenisation); speculation saves that, too. It is measured on CPU only, at concurrency 1, on the last data
+set.
 
 With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client asks the first turns
 (``vllm bench serve``), in repeats as above; its numbers are medians over these and come without an interval.
@@ -29,15 +30,14 @@ With ``--served`` the methods run behind ``vllm serve`` and vLLM's own client as
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
-from statistics import geometric_mean, median, median_low
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import geometric_mean, median
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,9 +45,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import engines, options, records, served
 from benchmarks.engines import Answer
-from benchmarks.intervals import DRAWS, paired_ratio
-from benchmarks.methods import Method, Run, head_digest, in_turn, runs, sampling, shown
-from benchmarks.prompts import Conversation, PromptSet
+from benchmarks.intervals import speedup
+from benchmarks.methods import Cell, Method, Run, head_digest, in_turn, runs, sampling, shown
+from benchmarks.prompts import Conversation
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import read_json
 from griffin_vllm.training.chat import distinct_share
@@ -76,15 +76,6 @@ COLUMNS = (
     "speedup_loop_free",
     "speedup_loop_free_ci",
 )
-
-
-class Cell(NamedTuple):
-    """What is measured once a repeat: one engine on one data set under one load."""
-
-    engine: int
-    dataset: str
-    temperature: float
-    concurrency: int
 
 
 @dataclass
@@ -138,22 +129,6 @@ def columns(by_repeat: dict[int, Sample]) -> dict[str, Any]:
     }
 
 
-def speedup(
-    samples: dict[str, Any], plain: dict[str, Any], draws: int = DRAWS, *, loop_free: bool = False
-) -> tuple[float, tuple[float, float]] | None:
-    """Ratio of pooled decoding speeds and its 95 % interval, from two rows' ``samples`` of the same conversations, or
-    of those that do not loop in ``plain``; None without a repeat that both have, or without such conversations."""
-    both = sorted(set(samples["repeats"]) & set(plain["repeats"]))
-    chosen = [i for i, loops in enumerate(plain["loops"]) if not loops] if loop_free else slice(None)
-    if not both or chosen == []:
-        return None
-    sides = [
-        [[side[field][side["repeats"].index(repeat)] for repeat in both] for field in ("tokens", "seconds")]
-        for side in (samples, plain)
-    ]
-    return paired_ratio(np.array(sides)[..., chosen], draws)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser(
         __doc__, num_speculative_tokens=[], concurrency=[1, 2, 4, 8, 16], max_tokens=512, max_model_len=4096
@@ -182,23 +157,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = sampling(planned, args.draft_sample_method, args.temperature)
     arguments = options.engine_arguments(args)
     if args.served:
-        return _main_served(args, sets, record, planned, arguments | {"enable_prefix_caching": False})
+        served.measure(args, sets, record, planned, arguments)
+        return record.finish(COLUMNS)
 
-    samples: dict[Cell, dict[int, Sample]] = {}
+    measured: dict[Cell, dict[int, Sample]] = {}
     for repeat, engine in in_turn(args.repeats, len(planned)):
         run = planned[engine]
         with record.attempt(run), engines.start(run, **arguments) as llm:
             record.note_engine(run, engines.resolved_settings(llm))
-            for prompts in sets:
-                conversations = engines.fitting(
-                    llm.get_tokenizer(), prompts.conversations, args.max_tokens, args.max_model_len
-                )
+            tokenizer = llm.get_tokenizer()
+            asked = [
+                engines.fitting(tokenizer, prompts.conversations, args.max_tokens, args.max_model_len)
+                for prompts in sets
+            ]
+            for prompts, conversations in zip(sets, asked, strict=True):
                 for temperature, concurrency, sample in _measure(llm, run, conversations, args):
                     cell = Cell(engine, prompts.name, temperature, concurrency)
-                    samples.setdefault(cell, {})[repeat] = sample
-            record.results = _rows(planned, best, samples)
+                    measured.setdefault(cell, {})[repeat] = sample
+            record.results = _rows(planned, best, measured)
             if run.method.name == "none" and "host_overhead_share" not in record.settings and _on_cpu():
-                share = host_overhead_share(llm, conversations, args.max_tokens)
+                share = host_overhead_share(llm, asked[-1], args.max_tokens)
                 record.settings["host_overhead_share"] = share
     return record.finish(COLUMNS)
 
@@ -301,103 +279,47 @@ def host_overhead_share(llm: LLM, conversations: Sequence[Conversation], max_tok
 def _rows(
     planned: Sequence[Run],
     best: dict[Method, int],
-    samples: dict[Cell, dict[int, Sample]],
+    measured: dict[Cell, dict[int, Sample]],
 ) -> list[dict[str, Any]]:
-    # -1, an engine that no row is of, without plain decoding
+    samples = {cell: columns(by_repeat) for cell, by_repeat in measured.items()}
+    # -1, an engine that no cell is of, without plain decoding
     baseline = next((i for i, run in enumerate(planned) if run.method.name == "none"), -1)
-    rows: dict[Cell, dict[str, Any]] = {}
-    # engine by engine, and the first one is compared with
-    for cell, by_repeat in sorted(samples.items(), key=lambda item: (item[0].engine != baseline, item[0])):
-        run, found = planned[cell.engine], list(by_repeat.values())
-        tokens = sum(sum(one.tokens.values()) for one in found)
-        seconds = sum(sum(one.seconds.values()) for one in found)
-        percentiles = np.percentile([ms for one in found for ms in one.request_ms], PERCENTILES)
+    rows = []
+    for cell in sorted(measured):
+        run, repeats = planned[cell.engine], list(measured[cell].values())
+        tokens = sum(sum(one.tokens.values()) for one in repeats)
+        seconds = sum(sum(one.seconds.values()) for one in repeats)
+        percentiles = np.percentile([ms for one in repeats for ms in one.request_ms], PERCENTILES)
         row = {
             **run.fields(),
             "dataset": cell.dataset,
             "temperature": cell.temperature,
             "concurrency": cell.concurrency,
-            "num_prompts": len(found[0].tokens),
-            "repeats": len(found),
-            "acceptance_length": tokens / max(sum(one.passes for one in found), 1),
-            "tokens_per_second": sum(one.output_tokens for one in found)
-            / sum(one.wall_seconds for one in found),
+            "num_prompts": len(repeats[0].tokens),
+            "repeats": len(repeats),
+            "acceptance_length": tokens / max(sum(one.passes for one in repeats), 1),
+            "tokens_per_second": sum(one.output_tokens for one in repeats)
+            / sum(one.wall_seconds for one in repeats),
             "decode_tokens_per_second": tokens / seconds,
             "time_per_output_token_ms": 1000 * seconds / tokens,
             "time_per_output_token_ms_percentiles": {
                 f"p{percent}": round(float(ms), 3)
                 for percent, ms in zip(PERCENTILES, percentiles, strict=True)
             },
-            "time_to_first_token_ms": 1000 * median(t for one in found for t in one.first_token_seconds),
-            "samples": columns(by_repeat),
+            "time_to_first_token_ms": 1000 * median(t for one in repeats for t in one.first_token_seconds),
+            "samples": samples[cell],
         }
         if best.get(named(run.method)) == run.num_speculative_tokens and not run.schedule:
             row["best_k"] = True
+        plain = samples.get(cell._replace(engine=baseline))
         if cell.engine == baseline:
             row["speedup"] = 1.0
-        elif (plain := rows.get(cell._replace(engine=baseline))) and (
-            compared := speedup(row["samples"], plain["samples"])
-        ):
+        elif plain and (compared := speedup(samples[cell], plain)):
             row["speedup"], row["speedup_ci"] = compared[0], list(compared[1])
-            if cell.temperature == 0 and (free := speedup(row["samples"], plain["samples"], loop_free=True)):
+            if cell.temperature == 0 and (free := speedup(samples[cell], plain, loop_free=True)):
                 row["speedup_loop_free"], row["speedup_loop_free_ci"] = free[0], list(free[1])
-        rows[cell] = row
-    return [rows[cell] for cell in sorted(rows)]
-
-
-def _main_served(
-    args: argparse.Namespace,
-    sets: Sequence[PromptSet],
-    record: records.Record,
-    planned: Sequence[Run],
-    arguments: dict[str, Any],
-) -> int:
-    record.settings["client"] = "vllm bench serve"
-    measured: dict[Cell, list[dict[str, Any]]] = {}
-    for _, engine in in_turn(args.repeats, len(planned)):
-        run = planned[engine]
-        with record.attempt(run), served.server(run, arguments) as server:
-            record.note_engine(run, served.asked(arguments))
-            for prompts, temperature, concurrency in product(sets, run.temperatures, args.concurrency):
-                found = served.bench(
-                    server.url,
-                    args.target,
-                    prompts.conversations,
-                    max_tokens=args.max_tokens,
-                    temperature=temperature,
-                    concurrency=concurrency,
-                )
-                measured.setdefault(Cell(engine, prompts.name, temperature, concurrency), []).append(found)
-            record.results = _served_rows(planned, measured)
-    return record.finish(COLUMNS)
-
-
-def _served_rows(planned: Sequence[Run], measured: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    rows = [
-        {
-            **planned[cell.engine].fields(),
-            "dataset": cell.dataset,
-            "temperature": cell.temperature,
-            "concurrency": cell.concurrency,
-            "repeats": len(found),
-            # each of them is a measurement, so the middle one of an even number is the lower
-            **{name: median_low(one[name] for one in found if name in one) for name in found[0]},
-        }
-        for cell, found in sorted(measured.items())
-    ]
-    _add_served_speedups(rows)
+        rows.append(row)
     return rows
-
-
-def _add_served_speedups(rows: Sequence[dict[str, Any]]) -> None:
-    def load(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["dataset"], row["temperature"], row["concurrency"]
-
-    plain = {load(row): row for row in reversed(rows) if row["method"] == "none"}
-    for row in rows:
-        with contextlib.suppress(KeyError):
-            baseline = plain[load(row)]["time_per_output_token_ms"]
-            row["speedup"] = baseline / row["time_per_output_token_ms"]
 
 
 if __name__ == "__main__":

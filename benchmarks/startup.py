@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def rows(planned: Sequence[Run], starts: Sequence[dict[int, float]]) -> list[dict[str, Any]]:
     """Result rows; ``starts`` holds the seconds of each run by repeat."""
-    found = []
+    results = []
     for run, seconds in zip(planned, starts, strict=True):
         if not seconds:
             continue
@@ -60,8 +60,8 @@ def rows(planned: Sequence[Run], starts: Sequence[dict[int, float]]) -> list[dic
         }
         if both := seconds.keys() & starts[0].keys():
             row["beyond_first"] = median(seconds[repeat] - starts[0][repeat] for repeat in both)
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 if __name__ == "__main__":

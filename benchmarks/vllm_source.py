@@ -11,6 +11,7 @@ import ast
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from griffin_vllm.serving import hooks
 from griffin_vllm.serving.touch_point import parse_need
@@ -53,6 +54,13 @@ def _is_vllm(module: str | None) -> bool:
     return module is not None and module.split(".")[0] == "vllm"
 
 
+class Definition(NamedTuple):
+    """Where something is defined: its module, and the node there."""
+
+    module: str
+    node: ast.AST
+
+
 class Source:
     """The names that an unpacked vLLM defines."""
 
@@ -63,28 +71,28 @@ class Source:
     def fits(self, module: str, need: str) -> bool:
         """Whether ``module`` has what ``need`` names, with the parameters."""
         name, parameters = parse_need(need)
-        found = self.find(module, name)
-        if found is None:
+        definition = self.find(module, name)
+        if definition is None:
             return False
-        taken = self._parameters(*found) if parameters else None
+        taken = self._parameters(*definition) if parameters else None
         return taken is None or set(parameters) <= taken
 
-    def find(self, module: str, dotted: str) -> tuple[str, ast.AST] | None:
-        """Where something is defined: its module and node."""
+    def find(self, module: str, dotted: str) -> Definition | None:
+        """What a name such as ``Class.method`` of ``module`` stands for."""
         first, *rest = dotted.split(".")
-        found = self._at_top(module, first)
+        definition = self._at_top(module, first)
         for name in rest:
-            if found is None:
+            if definition is None:
                 return None
-            where, node = found
+            where, node = definition
             if isinstance(node, ast.Module):
-                found = self._at_top(where, name)
+                definition = self._at_top(where, name)
             elif isinstance(node, ast.ClassDef):
-                found = self._in_class(where, node, name)
+                definition = self._in_class(where, node, name)
             else:
                 # an object whose class is not looked for, such as a registry
-                return found
-        return found
+                return definition
+        return definition
 
     def _module(self, name: str) -> ast.Module | None:
         path = self.root.joinpath(*name.split("."))
@@ -93,7 +101,7 @@ class Source:
                 return ast.parse(file.read_text(encoding="utf-8"))
         return None
 
-    def _at_top(self, module: str, name: str) -> tuple[str, ast.AST] | None:
+    def _at_top(self, module: str, name: str) -> Definition | None:
         tree = self.module(module)
         if tree is None:
             return None
@@ -102,16 +110,18 @@ class Source:
             if isinstance(node, ast.ImportFrom):
                 origin = self._absolute(module, node)
                 for alias in node.names:
-                    if alias.name == "*" and (found := self._imported(origin, name)):
-                        return found
+                    if alias.name == "*" and (definition := self._imported(origin, name)):
+                        return definition
                     if (alias.asname or alias.name) == name:
-                        return self._imported(origin, alias.name) if _is_vllm(origin) else (module, node)
+                        if _is_vllm(origin):
+                            return self._imported(origin, alias.name)
+                        return Definition(module, node)
             elif name in _names(node):
-                return module, node
+                return Definition(module, node)
         inner = self.module(f"{module}.{name}")
-        return (f"{module}.{name}", inner) if inner else None
+        return Definition(f"{module}.{name}", inner) if inner else None
 
-    def _imported(self, module: str, name: str) -> tuple[str, ast.AST] | None:
+    def _imported(self, module: str, name: str) -> Definition | None:
         return self._at_top(module, name) if _is_vllm(module) else None
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:
@@ -122,35 +132,33 @@ class Source:
         parts = parts[: len(parts) - node.level + is_package]
         return ".".join([*parts, node.module] if node.module else parts)
 
-    def _in_class(self, module: str, node: ast.ClassDef, name: str) -> tuple[str, ast.AST] | None:
+    def _in_class(self, module: str, node: ast.ClassDef, name: str) -> Definition | None:
         for statement in _statements(node.body):
             if name in _names(statement):
-                return module, statement
+                return Definition(module, statement)
         for set_on_self in ast.walk(node):
             if (
                 isinstance(set_on_self, ast.Attribute)
                 and isinstance(set_on_self.ctx, ast.Store)
                 and set_on_self.attr == name
             ):
-                return module, set_on_self
+                return Definition(module, set_on_self)
         for base in self._bases(module, node):
-            found = self._in_class(*base, name)
-            if found:
-                return found
+            if definition := self._in_class(*base, name):
+                return definition
         return None
 
     def _bases(self, module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
         for base in node.bases:
-            found = self._at_top(module, base.id) if isinstance(base, ast.Name) else None
-            if found and isinstance(found[1], ast.ClassDef):
-                yield found[0], found[1]
+            definition = self._at_top(module, base.id) if isinstance(base, ast.Name) else None
+            if definition and isinstance(definition.node, ast.ClassDef):
+                yield definition.module, definition.node
 
     def _parameters(self, module: str, node: ast.AST) -> set[str] | None:
         """The names that a call of ``node`` takes, None for any."""
         if isinstance(node, ast.ClassDef):
-            found = self._in_class(module, node, "__init__")
-            if found:
-                return self._parameters(*found)
+            if definition := self._in_class(module, node, "__init__"):
+                return self._parameters(*definition)
             fields = {statement.target.id for statement in node.body if _is_field(statement)}  # type: ignore[attr-defined]
             return fields.union(*(self._parameters(*base) or () for base in self._bases(module, node)))
         if not isinstance(node, ast.FunctionDef) or node.args.kwarg:

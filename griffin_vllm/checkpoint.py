@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from griffin_vllm.config import METHOD, HeadConfig, HeadName
+from griffin_vllm.config import METHOD, HeadConfig, HeadKind
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import atomic_folder, exists_here, read_json
+from griffin_vllm.files import atomic_folder, exists_here, read_json, sha256
 
 CONFIG_FILE = "config.json"
 # What `griffin tune` writes beside a head; vLLM never reads it.
 TUNING_FILE = "tuning.json"
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
+CARD_FILE = "README.md"
 PREFIX = "griffin:"
 BUNDLED_HEADS = Path(__file__).parent / "heads"
 
 EMBEDDINGS = "embed_tokens.weight"
 # The tensor by which each kind is told from the other. An EAGLE-3 head has an `fc.weight`, too, of another shape.
-MARKS: dict[HeadName, str] = {"griffin": "fc.mlp.up_proj.weight", "eagle": "fc.weight"}
+MARKS: dict[HeadKind, str] = {"griffin": "fc.mlp.up_proj.weight", "eagle": "fc.weight"}
 # vLLM's convention: target id = draft id + d2t[draft id]; t2d marks the target ids that can be drafted.
 DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 
-_TITLES: dict[HeadName, str] = {"griffin": "a GRIFFIN head", "eagle": "an EAGLE head of vLLM's"}
+_TITLES: dict[HeadKind, str] = {"griffin": "a GRIFFIN head", "eagle": "an EAGLE head of vLLM's"}
 _FLOATS = ({"F16", "BF16", "F32", "FLOAT16", "BFLOAT16", "FLOAT32"}, "floats")
 _DTYPES = {
     DRAFT_TO_TARGET: ({"I64", "I32", "INT64", "INT32"}, "integers"),
@@ -45,7 +46,7 @@ TensorHeaders = dict[str, tuple[tuple[int, ...], str]]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?")
 
 
-def tensor_shapes(config: HeadConfig, name: HeadName = "griffin") -> dict[str, tuple[int, ...]]:
+def tensor_shapes(config: HeadConfig, kind: HeadKind = "griffin") -> dict[str, tuple[int, ...]]:
     """Every tensor that a head of this kind must have, under its published name, with its shape.
 
     An EAGLE head is vLLM's (``llama_eagle.py``): unlike the published ones its ``fc`` has no bias.
@@ -53,7 +54,7 @@ def tensor_shapes(config: HeadConfig, name: HeadName = "griffin") -> dict[str, t
     d, inner = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    if name == "griffin":
+    if kind == "griffin":
         outputs = 2  # predict and regress
         fusion: dict[str, tuple[int, ...]] = {
             "fc.fc.weight": (d, 2 * d),
@@ -145,7 +146,7 @@ def find_head(name: str) -> Path:
     raise GriffinError(f"{PREFIX}{name}: no bundled head, folder or Hub id of that name; {hint}")
 
 
-def open_head(folder: Path, name: HeadName = "griffin") -> Head:
+def open_head(folder: Path, kind: HeadKind = "griffin") -> Head:
     """Check a head folder of either layout without loading its weights.
 
     Raises:
@@ -164,12 +165,12 @@ def open_head(folder: Path, name: HeadName = "griffin") -> Head:
         raise GriffinError(f"{folder}: has no {SAFETENSORS_FILE} or {PICKLE_FILE}")
     # Other speculators' configs have features that ours lacks: say what the head is before complaining of those.
     found = _tensor_headers(weights)
-    if MARKS[name] not in found:
+    if MARKS[kind] not in found:
         raise GriffinError(
-            f"{weights}: has no {MARKS[name]}, so it is not {_TITLES[name]}{_other_model(set(found))}"
+            f"{weights}: has no {MARKS[kind]}, so it is not {_TITLES[kind]}{_other_model(set(found))}"
         )
     config = HeadConfig.read(folder / CONFIG_FILE)
-    _check_tensors(weights, found, config, name)
+    _check_tensors(weights, found, config, kind)
     head = Head(folder, weights, config)
     _check_draft_vocabulary(head)
     return head
@@ -222,16 +223,11 @@ def load_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
     Raises:
         GriffinError: truncated, or not a weights file.
     """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in names or file.keys()}
-        state = _load_pickle(path)
-        return {name: state[name] for name in names or state}
-    except (SafetensorError, OSError) as error:
-        raise GriffinError(
-            f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
-        ) from error
+    if path.suffix == ".safetensors":
+        with _open_safetensors(path) as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
+    state = _load_pickle(path)
+    return {name: state[name] for name in names or state}
 
 
 def check_values(head: Head) -> None:
@@ -249,12 +245,7 @@ def check_values(head: Head) -> None:
 
 def weights_digest(*files: Path) -> str:
     """Start of the SHA-256 of weights files: a head's name may stay when it is trained anew."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+    return sha256(*files)[:16]
 
 
 def draft_vocabulary(head: Head) -> torch.Tensor | None:
@@ -299,9 +290,20 @@ def save_head(
             # safetensors lets only the owner read it, and a server may run as somebody else
             shutil.copymode(staging / CONFIG_FILE, staging / SAFETENSORS_FILE)
             if card is not None:
-                (staging / "README.md").write_text(card, encoding="utf-8")
+                (staging / CARD_FILE).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise GriffinError(
+            f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
+        ) from error
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -340,29 +342,24 @@ def _tensor_headers(path: Path) -> TensorHeaders:
             name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
             for name, value in _load_pickle(path).items()
         }
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise GriffinError(
-            f"{path}: is not a readable safetensors file ({GriffinError.reason(error)})"
-        ) from error
+    with _open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
-def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig, head: HeadName) -> None:
-    expected = tensor_shapes(config, head)
+def _check_tensors(path: Path, found: TensorHeaders, config: HeadConfig, kind: HeadKind) -> None:
+    expected = tensor_shapes(config, kind)
     for name, shape in expected.items():
         if name not in found:
             raise GriffinError(f"{path}: tensor {name} is missing, expected shape {shape}")
         if found[name][0] != shape:
             raise GriffinError.at(path, f"tensor {name}", found[name][0], f"shape {shape}")
-        dtypes, kind = _DTYPES.get(name, _FLOATS)
+        dtypes, numbers = _DTYPES.get(name, _FLOATS)
         if found[name][1].upper() not in dtypes:
-            raise GriffinError.at(path, f"dtype of {name}", found[name][1], kind)
+            raise GriffinError.at(path, f"dtype of {name}", found[name][1], numbers)
     extra = sorted(set(found) - set(expected) - {EMBEDDINGS})
     if extra:
-        raise GriffinError.at(path, "tensors", extra[:3], f"none beyond those of {_TITLES[head]}")
+        raise GriffinError.at(path, "tensors", extra[:3], f"none beyond those of {_TITLES[kind]}")
     if EMBEDDINGS in found and found[EMBEDDINGS][0] != (config.vocab_size, config.hidden_size):
         raise GriffinError.at(
             path,
@@ -432,7 +429,7 @@ def _download(name: str) -> Path:
             snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=[CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE],
+                allow_patterns=[CONFIG_FILE, SAFETENSORS_FILE, PICKLE_FILE, CARD_FILE],
             )
         )
     except (

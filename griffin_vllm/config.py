@@ -20,7 +20,7 @@ ARCHITECTURE = "GriffinForCausalLM"
 # What of a served head's config the proposer asks for, beyond what vLLM itself reads.
 DRAFTING_SETTINGS = ("draft_stop_probability", "prompt_lookup_min", "draft_context_limit")
 # What can be trained; HASS trains an EAGLE head. Only GRIFFIN heads are served by this package.
-HeadName = Literal["griffin", "eagle"]
+HeadKind = Literal["griffin", "eagle"]
 REFERENCE_MODEL_TYPES = ("llama", "qwen2")
 # Targets (Hugging Face model types) of which training and serving hand a head the same three things:
 # - e(x), the row of `embed_tokens` as it is stored. Gemma multiplies it by sqrt(d) on the way to its own first

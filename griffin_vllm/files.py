@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ from griffin_vllm.errors import GriffinError
 
 # A config.json is a few kilobytes; reading more than this is never needed to describe a head.
 MAX_CONFIG_BYTES = 1 << 20
+LOCK = ".lock"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,9 +46,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def sha256(*paths: Path) -> str:
+    """Of the content of ``paths``, one after the other. Raises OSError where one cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def check_same(where: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], remedy: str) -> None:
-    """Raise GriffinError that names the first field of ``now`` that ``before`` (read from ``where``) has otherwise, and
-    what to do (``remedy``)."""
+    """Raise GriffinError for the first field of ``now`` that differs in ``before``, which was read from ``where``;
+    ``remedy`` says what to do."""
     for name, value in now.items():
         if before.get(name) != value:
             raise GriffinError.at(where, name, before.get(name), f"{value!r}; {remedy}")
@@ -87,6 +99,35 @@ def claim(file: IO[bytes], refusal: str) -> None:
         raise GriffinError(refusal) from error
     if os.fstat(file.fileno()).st_nlink == 0:
         raise GriffinError(refusal)
+
+
+@contextmanager
+def only_process_in(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep other processes from the same with ``folder``, which is there, until the block ends.
+
+    Raises:
+        GriffinError: one is in it (``refusal``), or the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            claim(stack.enter_context((folder / LOCK).open("ab")), f"{folder}: {refusal}")
+        except OSError as error:
+            raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+        yield
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` unless it is there.
+
+    Raises:
+        GriffinError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+    if not os.access(folder, os.W_OK):
+        raise GriffinError(f"{folder}: cannot be written (not allowed, or a read-only file system)")
 
 
 def check_write_whole(path: Path) -> None:

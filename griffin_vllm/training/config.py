@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from griffin_vllm.config import HeadConfig, HeadName
+from griffin_vllm.config import HeadConfig, HeadKind
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.alignment import AlignmentRule
 from griffin_vllm.training.attention import AttentionName
@@ -31,7 +31,7 @@ Method = Literal["griffin", "hass", "eagle"]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 PRESETS = Path(__file__).parent / "presets"
 
-METHODS: dict[Method, tuple[HeadName, AlignmentRule]] = {
+METHODS: dict[Method, tuple[HeadKind, AlignmentRule]] = {
     "griffin": ("griffin", "reference"),
     "hass": ("eagle", "off"),
     "eagle": ("eagle", "off"),
@@ -91,7 +91,7 @@ class TrainConfig(Section):
     method: Method = Field(
         "griffin", description="griffin, hass (EAGLE head, multi-step) or eagle (one step)"
     )
-    head: HeadName | None = Field(None, description="head to train; by default the method's own")
+    head: HeadKind | None = Field(None, description="head to train; by default the method's own")
     alignment: AlignmentRule | None = Field(
         None, description="alignment mask: off, reference or causal; by default the method's own"
     )
@@ -182,7 +182,7 @@ class TrainConfig(Section):
         return default_stages(info.data.get("method")) if value is None else value
 
     @property
-    def head_name(self) -> HeadName:
+    def head_kind(self) -> HeadKind:
         return self.head or METHODS[self.method][0]
 
     @property
@@ -235,7 +235,7 @@ class TrainConfig(Section):
             raise GriffinError.at(
                 path, "stages", "more than one draft step", "one (method eagle; hass has more)"
             )
-        if config.draft_vocab is not None and config.head_name == "eagle":
+        if config.draft_vocab is not None and config.head_kind == "eagle":
             raise GriffinError.at(
                 path,
                 "draft_vocab",
@@ -329,11 +329,14 @@ def describe_settings() -> list[tuple[str, str, str]]:
     return rows
 
 
+def shown_stages(stages: Sequence[Stage]) -> str:
+    return "; ".join(f"{stage.draft_steps} draft step(s), {stage.epochs:g} epoch(s)" for stage in stages)
+
+
 def _described(option: str, info: FieldInfo) -> tuple[str, str, str]:
     default = info.default
     if info.is_required():
         default = "(required)"
     elif option == "--stages":
-        stages = default_stages("griffin")
-        default = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in stages)
+        default = shown_stages(default_stages("griffin"))
     return option, str(default), info.description or ""

@@ -183,13 +183,14 @@ def _split_of(data: Any, folder: Path, split: str) -> Any:
 def conversation(record: object) -> Conversation:
     """The conversation in one JSON record.
 
-    Known forms: ``conversations`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``,
-    ``content``), ``turns`` (a list of user turns), ``prompt`` (one user turn). Answers may carry
-    ``token_ids`` and ``finish_reason``, and a record the ``family`` of the one that it was made from. Assistant
-    turns before the first user turn are dropped (fragments begin with them); a conversation ends before its
-    first empty turn, before a system turn that is not its first, before the first turn behind an answer that cannot be
-    used (a tool's, say), and before the first turn that repeats a role unless there are no answers at all. A field that
-    is null counts as absent: Arrow gives every record the fields of all of them.
+    Known forms: ``conversations`` or ``conversation`` (ShareGPT: ``from``, ``value``), ``messages`` (OpenAI: ``role``,
+    ``content``; either kind of turn in any of them), ``turns`` (a list of user turns), ``prompt`` (one user turn).
+    Answers may carry ``token_ids`` beside their text and ``finish_reason``, and a record the ``family`` of the one that
+    it was made from. Assistant turns before the first user turn are dropped (fragments begin with them), and system
+    turns at the beginning are made one; a conversation ends before its first empty turn, before a later system turn,
+    before the first turn behind an answer that cannot be used (a tool's, say), and before the first turn that repeats a
+    role unless there are no answers at all. A field that is null counts as absent: Arrow gives every record the fields
+    of all of them.
 
     Raises:
         RecordError: nothing usable is left.
@@ -197,8 +198,9 @@ def conversation(record: object) -> Conversation:
     if not isinstance(record, Mapping):
         raise RecordError("not a JSON object")
     found = _turns(_raw_turns(record))
-    start = 1 if found[0].role == "system" else 0
-    system = [turn for turn in found[:start] if turn.content.strip()]
+    start = next((i for i, turn in enumerate(found) if turn.role != "system"), len(found))
+    said = "\n\n".join(turn.content for turn in found[:start] if turn.content.strip())
+    system = [Turn("system", said)] if said else []
     while start < len(found) and found[start].role == "assistant":
         start += 1
     only_prompts = all(turn.role == "user" for turn in found[start:])
@@ -280,7 +282,9 @@ def _convert(record: object, source: str, index: int) -> Record:
 
 
 def _raw_turns(record: Mapping[str, Any]) -> list[Any]:
-    given = [record[key] for key in ("conversations", "messages") if record.get(key) is not None]
+    given = [
+        record[key] for key in ("conversations", "conversation", "messages") if record.get(key) is not None
+    ]
     for turns in given:
         if isinstance(turns, list) and turns:
             return turns

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from griffin_vllm import __version__
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import atomic_folder, check_same, may_be_replaced, read_json
+from griffin_vllm.files import atomic_folder, check_same, may_be_replaced, read_json, sha256
 from griffin_vllm.training.chat import ChatTarget, Sample, template_hash, tokenizer_hash
 from griffin_vllm.training.conversations import (
     Conversation,
@@ -54,7 +54,7 @@ _EXAMPLES = 5
 Loops = Literal["flag", "drop"]
 
 
-class Source(BaseModel):
+class SourceFile(BaseModel):
     """One input: its name, the SHA-256 of a file's bytes (None for a data set), its records."""
 
     name: str
@@ -90,7 +90,7 @@ class Manifest(Options):
     vocab_size: int
     tokenizer_sha256: str
     template_sha256: str
-    sources: list[Source]
+    sources: list[SourceFile]
     splits: dict[str, SplitCounts]
     conversations: int
     truncated_samples: int
@@ -239,7 +239,7 @@ def prepare(
             for source in sources:
                 for chunk in _chunks(writer.reading(source, _open(source, progress)), _CONVERSATIONS_AT_ONCE):
                     writer.add(chunk)
-            splits = writer.close()
+            splits = writer.finish()
             if not splits["train"].samples:
                 raise GriffinError(_nothing_left(sources, writer, splits))
             manifest = Manifest(
@@ -273,7 +273,7 @@ class _Writer:
 
     def __init__(self, folder: Path, chat: ChatTarget, excluded: set[str], options: Options):
         self._chat, self._excluded, self._options = chat, excluded, options
-        self.sources: list[Source] = []
+        self.sources: list[SourceFile] = []
         self.conversations = self.truncated = 0
         self.reasons: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
@@ -300,11 +300,11 @@ class _Writer:
     def reading(self, source: str, records: Iterable[Record]) -> Iterator[tuple[int, Conversation]]:
         """The usable ones of ``records`` with their numbers; the others are skipped."""
         try:
-            digest = _sha256(Path(source)) if Path(source).is_file() else None
+            digest = sha256(Path(source)) if Path(source).is_file() else None
         except OSError as error:
             raise GriffinError(f"{source}: cannot be read ({GriffinError.reason(error)})") from error
         self.sources.append(
-            Source(name=Path(source).name if digest else source, sha256=digest, records=0, skipped=0)
+            SourceFile(name=Path(source).name if digest else source, sha256=digest, records=0, skipped=0)
         )
         for index, record in enumerate(records):
             self.sources[-1].records += 1
@@ -342,7 +342,7 @@ class _Writer:
                     self.truncated += length < len(sample.tokens)
                     self._append(split, sample, length)
 
-    def close(self) -> dict[str, SplitCounts]:
+    def finish(self) -> dict[str, SplitCounts]:
         for split in SPLITS:
             np.save(self._folder / f"{split}.offsets.npy", np.array(self._offsets[split], np.int64))
             np.save(self._folder / f"{split}.loops.npy", np.array(self._loops[split], np.bool_))
@@ -438,15 +438,7 @@ def _open(source: str, progress: Progress) -> Iterator[Record]:
 
 def dataset_digest(folder: Path) -> str:
     """SHA-256 of the manifest of the token dataset in ``folder``, which holds the digests of its sources."""
-    return _sha256(folder / MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(folder / MANIFEST)
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

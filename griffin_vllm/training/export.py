@@ -7,26 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from griffin_vllm.checkpoint import save_head
-from griffin_vllm.config import HeadConfig, HeadName
-from griffin_vllm.training.config import TrainConfig
+from griffin_vllm.config import HeadConfig, HeadKind
+from griffin_vllm.training.config import TrainConfig, shown_stages
 from griffin_vllm.training.data import Manifest, SplitCounts
 from griffin_vllm.training.simulate import Acceptance
 
 CURVE_ROWS = 16
 
 
-def export_head(
-    folder: Path,
-    name: HeadName,
-    config: HeadConfig,
-    weights: dict[str, Tensor],
-    card: str,
-) -> None:
-    """Write the served layout (GRIFFIN) or the layout of vLLM's own ``eagle`` method (EAGLE, HASS)."""
-    save_head(folder, config.to_served() if name == "griffin" else eagle_config(config), weights, card)
+def exported_config(kind: HeadKind, config: HeadConfig) -> dict[str, Any]:
+    """The ``config.json`` of the served layout (GRIFFIN), or of vLLM's own ``eagle`` method (EAGLE, HASS)."""
+    return config.to_served() if kind == "griffin" else eagle_config(config)
 
 
 def eagle_config(config: HeadConfig) -> dict[str, Any]:
@@ -57,7 +49,7 @@ def model_card(
     """
     losses = [(row["step"], row["loss"]) for row in log if row["kind"] == "train"]
     curve = [row for row in log if row["kind"] == "validation"]
-    stages = "; ".join(f"{s.draft_steps} draft step(s), {s.epochs:g} epoch(s)" for s in train.stages)
+    stages = shown_stages(train.stages)
     lines = [
         "---",
         "library_name: vllm",
@@ -66,7 +58,7 @@ def model_card(
         "---",
         f"# {train.method.upper()} draft head for {config.target}",
         "",
-        f"Head: {train.head_name.upper()}; alignment mask: `{train.alignment_rule}`; trained by griffin-vllm.",
+        f"Head: {train.head_kind.upper()}; alignment mask: `{train.alignment_rule}`; trained by griffin-vllm.",
         "",
         "| | |",
         "| --- | --- |",

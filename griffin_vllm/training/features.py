@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import read_json, write_whole
+from griffin_vllm.files import make_folder, read_json, write_whole
 from griffin_vllm.training.data import TokenDataset, dataset_digest
 from griffin_vllm.training.target import SharedWeights, SoftTargets, Target, soft_targets
 
@@ -144,6 +144,10 @@ class FeatureCache:
             embed_tokens, tensors.get("lm_head", embed_tokens), None if softcap is None else float(softcap)
         )
 
+    def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
+        """As ``sources.Source`` has it; the ``tokens`` need not be looked at."""
+        return [self[sample] for sample in samples]
+
     def __getitem__(self, sample: int) -> tuple[Tensor, SoftTargets]:
         """Features (T, d) bf16 of one sample and the target's soft targets after each position."""
         shard, start = self._place[sample]
@@ -170,12 +174,9 @@ def write_cache(
     first of them what there is once.
 
     Raises:
-        GriffinError: the disk has no room, or the folder holds the cache of something else.
+        GriffinError: the disk has no room, or the folder cannot be written or holds the cache of something else.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+    make_folder(folder)
     if rank == 0:
         check_caches({folder: manifest})
         text = json.dumps(asdict(manifest))

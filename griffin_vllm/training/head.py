@@ -126,6 +126,11 @@ class DraftHead(nn.Module):
 
     layers: nn.ModuleList
 
+    @property
+    def mixing(self) -> Tensor:
+        """The weight (d, 2d) that first brings token and feature together."""
+        raise NotImplementedError
+
     def fuse(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """(B, T, d), the input of the decoder layer."""
         raise NotImplementedError
@@ -158,9 +163,8 @@ class DraftHead(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        mixing = self.get_parameter("fc.fc.weight" if isinstance(self, GriffinHead) else "fc.weight")
-        token, feature = mixing.chunk(2, dim=1)
-        unit = mixing.shape[1] ** -0.5
+        token, feature = self.mixing.chunk(2, dim=1)
+        unit = self.mixing.shape[1] ** -0.5
         nn.init.normal_(token, std=0.25 * unit * feature_rms / embedding_rms)
         nn.init.normal_(feature, std=0.1 * unit)
         feature.diagonal().add_(0.3)
@@ -174,6 +178,10 @@ class GriffinHead(DraftHead):
         self.fc = TokenGuidedFusion(config)
         self.layers = nn.ModuleList([DecoderLayer(config, attention, outputs=2)])
 
+    @property
+    def mixing(self) -> Tensor:
+        return self.fc.fc.weight
+
     def fuse(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.fc(embeddings, features)
 
@@ -185,6 +193,10 @@ class EagleHead(DraftHead):
         super().__init__()
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([DecoderLayer(config, attention, outputs=1)])
+
+    @property
+    def mixing(self) -> Tensor:
+        return self.fc.weight
 
     def fuse(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.fc(torch.cat([embeddings, features], -1))

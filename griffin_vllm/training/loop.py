@@ -31,6 +31,7 @@ from griffin_vllm.checkpoint import (
     find_head,
     load_tensors,
     open_head,
+    save_head,
 )
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.training.attention import choose_attention
@@ -38,10 +39,17 @@ from griffin_vllm.training.batches import Batch, make_batch
 from griffin_vllm.training.chat import ChatTarget
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset, length_buckets
-from griffin_vllm.training.export import export_head, model_card
+from griffin_vllm.training.export import exported_config, model_card
 from griffin_vllm.training.head import DraftHead, EagleHead, GriffinHead
 from griffin_vllm.training.plan import PlannedStep, plan_steps
-from griffin_vllm.training.run_folder import CHECKPOINTS, HEAD, claim_output, only_run_in, with_precision
+from griffin_vllm.training.run_folder import (
+    CHECKPOINTS,
+    HEAD,
+    check_output,
+    claim_output,
+    only_run_in,
+    with_precision,
+)
 from griffin_vllm.training.run_log import RunLog
 from griffin_vllm.training.simulate import Acceptance, simulate
 from griffin_vllm.training.sizes import head_config
@@ -105,12 +113,11 @@ class Trainer:
         self.soft_target_tokens = min(config.soft_target_tokens or vocab_size, vocab_size)
         self.start = None
         if config.init_from is not None:
-            self.start = open_head(find_head(config.init_from), config.head_name)
+            self.start = open_head(find_head(config.init_from), config.head_kind)
             check_values(self.start)
         self.head_config = head_config(config, self.hf_config, int(self.train_data.lengths.max()), self.start)
         self.vocabulary = self._draft_vocabulary(chat)
-        with self.accelerator.main_process_first():
-            claim_output(config, self.start)
+        check_output(config, self.start)
         if self.exported.is_dir():
             return
         self.train_source, self.validation_source, shared = open_sources(
@@ -147,10 +154,22 @@ class Trainer:
             GriffinError: the loss is not finite, a checkpoint cannot be written, or another process trains there.
         """
         if self.exported.is_dir():
+            # it may have been finished by another process since this one began
+            check_output(self.config, self.start)
             self.console.print(f"the run is finished; head in {self.exported}")
             return self.exported
-        with only_run_in(self.config.output) if self.accelerator.is_main_process else nullcontext():
+        with self._alone_in_output():
             return self._train()
+
+    @contextmanager
+    def _alone_in_output(self) -> Iterator[None]:
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        with only_run_in(self.config.output):
+            # what another process has made of the folder since this one looked at it is seen now
+            claim_output(self.config, self.start)
+            yield
 
     def _train(self) -> Path:
         config = self.config
@@ -316,7 +335,7 @@ class Trainer:
     def _new_head(self) -> DraftHead:
         config = self.config
         torch.manual_seed(config.seed)
-        kind = GriffinHead if config.head_name == "griffin" else EagleHead
+        kind = GriffinHead if config.head_kind == "griffin" else EagleHead
         head = kind(self.head_config, self._attention)
         if self.start is None:
             sample, _ = self.train_source.features([0], [self.train_data[0][0]])[0]
@@ -399,7 +418,7 @@ class Trainer:
             tensors = self.head.state_dict()
             if self.vocabulary is not None:
                 tensors |= draft_vocabulary_tensors(self.vocabulary.target_ids, self.head_config.vocab_size)
-            export_head(folder, self.config.head_name, self.head_config, tensors, card)
+            save_head(folder, exported_config(self.config.head_kind, self.head_config), tensors, card)
             measured = (
                 f"acceptance length {acceptance.acceptance_length:.3f} (simulated)"
                 if acceptance

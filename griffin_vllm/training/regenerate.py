@@ -14,7 +14,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -40,12 +41,9 @@ class _NoCompletion(Exception):  # noqa: N818 - one of the answers that an endpo
     """A reply that is no chat completion, as a proxy's may be while the endpoint behind it starts anew."""
 
 
-_RETRIED = (
-    openai.APIConnectionError,
-    openai.RateLimitError,
-    openai.InternalServerError,
-    _NoCompletion,
-)
+_UNAVAILABLE = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+_RETRIED = (*_UNAVAILABLE, _NoCompletion)
+_EMPTY, _CUT = "empty answer", "no answer within --max-tokens"
 _LONGEST_PAUSE = 30.0
 # Of every line that is written here.
 _BEGINNING = b'{"id": '
@@ -97,7 +95,8 @@ def regenerate(
     """Answer the user turns of ``sources`` and append the conversations to ``out``.
 
     Conversations that ``out`` holds already are not asked again. Those that an endpoint refuses (too long,
-    for instance) are listed in a file beside ``out`` whose name ends in ``.skipped.jsonl``, and not asked again either.
+    for instance) or answers with nothing are listed in a file beside ``out`` whose name ends in ``.skipped.jsonl``, and
+    not asked again either. Those that got no text within ``max_tokens`` are.
     ``limit``: use only the first so many conversations. ``exclude``: files of conversations that must not be
     used, with all of their families.
 
@@ -172,7 +171,7 @@ class _Run:
             TimeRemainingColumn(),
         )
         try:
-            await asyncio.gather(*(self._try_out(endpoint) for endpoint in self.endpoints))
+            await self._try_out_all(console)
             with Progress(*columns, console=console, transient=True) as progress:
                 task = progress.add_task("conversations", total=len(prompts), rate="")
                 began = time.monotonic()
@@ -194,8 +193,26 @@ class _Run:
             for endpoint in self.endpoints:
                 await endpoint.client.close()
 
-    async def _try_out(self, endpoint: _Endpoint) -> None:
-        """Learn from one token whether ``endpoint`` answers, knows the model, and hands out token ids."""
+    async def _try_out_all(self, console: Console) -> None:
+        """Leave out endpoints that are not available now, as long as there are others."""
+        errors = await asyncio.gather(*(self._try_out(endpoint) for endpoint in self.endpoints))
+        unavailable = [error for error in errors if error is not None]
+        if len(unavailable) == len(self.endpoints):
+            raise unavailable[0]
+        for error in unavailable:
+            console.print(f"{error}; going on without it", highlight=False)
+        pairs = zip(self.endpoints, errors, strict=True)
+        self.endpoints = [endpoint for endpoint, error in pairs if error is None]
+
+    async def _try_out(self, endpoint: _Endpoint) -> GriffinError | None:
+        """Learn from one token whether ``endpoint`` answers, knows the model, and hands out token ids.
+
+        Returns:
+            The error of one that does not answer now.
+
+        Raises:
+            GriffinError: it never will.
+        """
         url = endpoint.client.base_url
         messages = [{"role": "user", "content": "Hi"}]
         try:
@@ -209,11 +226,14 @@ class _Run:
             offered = await self._models(endpoint)
             raise GriffinError.at(str(url), "--model", self.settings.model, offered) from error
         except openai.APIError as error:
-            reason = error.__cause__ or error
-            raise GriffinError(f"{url}: does not answer chat completions ({reason})") from error
+            failure = GriffinError(f"{url}: does not answer chat completions ({error.__cause__ or error})")
+            if isinstance(error, _UNAVAILABLE):
+                return failure
+            raise failure from error
         except _NoCompletion as error:
             raise GriffinError(f"{url}: {error} (does it end in /v1?)") from error
         endpoint.gives_token_ids = endpoint.gives_token_ids and _token_ids(response.choices[0]) is not None
+        return None
 
     async def _models(self, endpoint: _Endpoint) -> str:
         try:
@@ -225,10 +245,10 @@ class _Run:
     async def _one(self, prompt: Conversation) -> None:
         """Answer one conversation and append it; or list why it was not answered."""
         temperature = self._temperature(prompt)
-        turns = [{"from": "system", "value": t.content} for t in prompt.turns if t.role == "system"]
-        messages = [{"role": "system", "content": t["value"]} for t in turns]
+        system = [{"from": "system", "value": t.content} for t in prompt.turns if t.role == "system"]
+        messages = [{"role": "system", "content": t["value"]} for t in system]
         questions = [turn.content for turn in prompt.turns if turn.role == "user"]
-        answered: list[dict[str, Any]] = list(turns)
+        answered: list[dict[str, Any]] = list(system)
         reason = ""
         for question in questions[: self.settings.max_turns]:
             messages.append({"role": "user", "content": question})
@@ -242,7 +262,8 @@ class _Run:
                 return
             content = choice.message.content
             if not content or not content.strip():
-                reason = "empty answer"
+                # thinking that takes all of the tokens, say: with more of them there is an answer
+                reason = _CUT if choice.finish_reason == "length" else _EMPTY
                 break
             messages.append({"role": "assistant", "content": content})
             answer = {"from": "gpt", "value": content, "finish_reason": choice.finish_reason}
@@ -251,9 +272,10 @@ class _Run:
                 answer |= {"token_ids": token_ids, "distinct_4grams": round(distinct_share(token_ids), 3)}
             answered += [{"from": "human", "value": question}, answer]
         self.failures_in_a_row = 0
-        if len(answered) == len(turns):
+        if len(answered) == len(system):
             self.summary.skipped[reason.split(":")[0]] += 1
-            _append(self.refused, {"id": prompt.id, "model": self.settings.model, "reason": reason})
+            if reason != _CUT:
+                _append(self.refused, {"id": prompt.id, "model": self.settings.model, "reason": reason})
             return
         record = {
             "id": prompt.id,
@@ -320,60 +342,50 @@ class _Run:
         return self.settings.temperatures[digest[0] % len(self.settings.temperatures)]
 
 
-class _appending:  # noqa: N801 - a context manager
-    """``path`` opened for appending by this process alone, and the ids that it holds, of records with ``field``.
+@contextmanager
+def _appending(path: Path, field: str, model: str) -> Iterator[tuple[IO[bytes], set[str]]]:
+    """``path`` opened for appending by this process alone, and the ids that it holds (``_ids_in``)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        claim(file, f"{path}: another run is writing to it")
+        try:
+            yield file, _ids_in(file, path, field, model)
+        finally:
+            # while the lock is held: a run that opens it next must find it, or make its own
+            if file.seek(0, os.SEEK_END) == 0:
+                path.unlink()
+
+
+def _ids_in(file: IO[bytes], path: Path, field: str, model: str) -> set[str]:
+    """The ids of the records in ``file``, which have ``field``.
 
     Records of another ``model`` are refused; older ones do not say theirs. A last line that breaks off was being
     written when an earlier run died; it is removed.
     """
-
-    def __init__(self, path: Path, field: str, model: str):
-        self.path, self.field, self.model = path, field, model
-
-    def __enter__(self) -> tuple[IO[bytes], set[str]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+b")
+    ids: set[str] = set()
+    file.seek(0)
+    end, line = 0, b"\n"
+    for number, line in enumerate(file, start=1):
         try:
-            claim(self.file, f"{self.path}: another run is writing to it")
-            return self.file, self._read()
-        except BaseException:
-            self.file.close()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        # while the lock is held: a run that opens it next must find it, or make its own
-        if self.file.seek(0, os.SEEK_END) == 0:
-            self.path.unlink()
-        self.file.close()
-
-    def _read(self) -> set[str]:
-        ids: set[str] = set()
-        self.file.seek(0)
-        end, line = 0, b"\n"
-        for number, line in enumerate(self.file, start=1):
-            try:
-                record = json.loads(line)
-                record[self.field]
-                ids.add(record["id"])
-            except (ValueError, KeyError, TypeError) as error:
-                breaks_off = not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
-                if isinstance(error, ValueError) and breaks_off:
-                    self.file.truncate(end)
-                    return ids
-                raise GriffinError(
-                    f"{self.path}: line {number} is not a record of an earlier run; give another --out"
-                ) from error
-            if record.get("model", self.model) != self.model:
-                raise GriffinError.at(
-                    self.path,
-                    f"model of line {number}",
-                    record["model"],
-                    f"{self.model!r}, or give another --out",
-                )
-            end += len(line)
-        if not line.endswith(b"\n"):
-            self.file.write(b"\n")
-        return ids
+            record = json.loads(line)
+            record[field]
+            ids.add(record["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            breaks_off = not line.endswith(b"\n") and line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
+            if isinstance(error, ValueError) and breaks_off:
+                file.truncate(end)
+                return ids
+            raise GriffinError(
+                f"{path}: line {number} is not a record of an earlier run; give another --out"
+            ) from error
+        if record.get("model", model) != model:
+            raise GriffinError.at(
+                path, f"model of line {number}", record["model"], f"{model!r}, or give another --out"
+            )
+        end += len(line)
+    if not line.endswith(b"\n"):
+        file.write(b"\n")
+    return ids
 
 
 def _append(file: IO[bytes], record: dict[str, Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,19 @@ import torch
 
 from griffin_vllm.bf16 import multiplies_bf16
 from griffin_vllm.checkpoint import Head, weights_digest
-from griffin_vllm.errors import GriffinError
-from griffin_vllm.files import check_same, claim, read_json, write_whole
+from griffin_vllm.files import (
+    check_same,
+    make_folder,
+    only_process_in,
+    read_json,
+    write_whole,
+)
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import dataset_digest
 from griffin_vllm.training.features import target_config_digest, target_digest
 from griffin_vllm.training.training_state import latest_checkpoint
 
-SETTINGS, INPUTS, LOCK, CHECKPOINTS, HEAD = "config.json", "inputs.json", ".lock", "checkpoints", "head"
+SETTINGS, INPUTS, CHECKPOINTS, HEAD = "config.json", "inputs.json", "checkpoints", "head"
 REMEDY = "name another output folder"
 # What may differ when a run goes on: the weights that it ends with do not depend on it.
 MAY_CHANGE = {"output", "validate_every", "validation_samples", "checkpoint_minutes"}
@@ -37,13 +41,12 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return config.model_copy(update={"precision": faster if before is None else before.precision})
 
 
-def claim_output(config: TrainConfig, start: Head | None = None) -> None:
-    """Make ``output`` this run's folder; a folder of a run with other settings (but for ``MAY_CHANGE``) or other
-    inputs is refused, unless that run never trained a step.
+def check_output(config: TrainConfig, start: Head | None = None) -> dict[str, str | None]:
+    """Refuse an ``output`` that holds a run with other settings (but for ``MAY_CHANGE``) or other inputs, unless that
+    run never trained a step; nothing is written. Returns the digests of this run's inputs.
 
     ``start``: the head of ``init_from``. Paths may change where digests tell that what lies behind them is the same. A
-    folder that does not say its inputs, as older ones do not, is taken at its settings' word. That of a finished run is
-    left as it is.
+    folder that does not say its inputs, as older ones do not, is taken at its settings' word.
 
     Raises:
         GriffinError: another run's folder (the first difference is named), or it cannot be written.
@@ -56,35 +59,33 @@ def claim_output(config: TrainConfig, start: Head | None = None) -> None:
         may_change = MAY_CHANGE | _paths_that_may_change(before, config, stored, found)
         old, new = (one.model_dump(mode="json", exclude=may_change) for one in (before, config))
         check_same(path, old, new, REMEDY)
-        if stored:
-            # a digest that is younger than the run is not among those that it has stored
-            check_same(
-                inputs, stored, {name: digest for name, digest in found.items() if name in stored}, REMEDY
-            )
-    if before is not None and (config.output / HEAD).is_dir():
+        # a digest that is younger than the run is not among those that it has stored
+        check_same(inputs, stored, {name: digest for name, digest in found.items() if name in stored}, REMEDY)
+    if not (config.output / HEAD).is_dir():
+        make_folder(config.output)
+    return found
+
+
+def claim_output(config: TrainConfig, start: Head | None = None) -> None:
+    """Make ``output`` this run's folder, which ``check_output`` allows; that of a finished run is left as it is.
+
+    Raises:
+        GriffinError: it does not, or the folder cannot be written.
+    """
+    found = check_output(config, start)
+    if (config.output / HEAD).is_dir():
         return
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GriffinError(f"{config.output}: cannot be written ({GriffinError.reason(error)})") from error
-    _write_unless_same(path, json.dumps(config.model_dump(mode="json"), indent=2))
-    _write_unless_same(inputs, json.dumps(found, indent=2))
+    write_whole(config.output / SETTINGS, json.dumps(config.model_dump(mode="json"), indent=2))
+    write_whole(config.output / INPUTS, json.dumps(found, indent=2))
 
 
-@contextmanager
-def only_run_in(output: Path) -> Iterator[None]:
+def only_run_in(output: Path) -> AbstractContextManager[None]:
     """Keep every other process from training in ``output`` meanwhile.
 
     Raises:
         GriffinError: one is doing that, or the folder cannot be written.
     """
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context((output / LOCK).open("ab"))
-            claim(file, f"{output}: another run is training in it")
-        except OSError as error:
-            raise GriffinError(f"{output}: cannot be written ({GriffinError.reason(error)})") from error
-        yield
+    return only_process_in(output, "another run is training in it")
 
 
 def _settings_before(config: TrainConfig) -> TrainConfig | None:
@@ -104,12 +105,6 @@ def _paths_that_may_change(
     if names >= {"data", "target"} and None not in (before.features, now.features):
         names.add("features")
     return names
-
-
-def _write_unless_same(path: Path, text: str) -> None:
-    """Of several processes the first writes, and the others, which come later, leave its file alone."""
-    if not path.is_file() or path.read_bytes() != text.encode():
-        write_whole(path, text)
 
 
 def input_digests(config: TrainConfig, start: Head | None) -> dict[str, str | None]:

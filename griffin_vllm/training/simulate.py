@@ -21,8 +21,8 @@ from griffin_vllm.training.target import SharedWeights
 
 @dataclass
 class Acceptance:
-    """Counts over all chains of all answers; ``top1[n]`` of ``positions`` draft steps n + 1 were right wherever they
-    stood."""
+    """Counts over all chains of all answers. ``top1[n]``: how many drafts of step n + 1 were right, of those at all
+    ``positions``, whether or not the chain had gone wrong before."""
 
     rounds: int = 0
     tokens: int = 0

@@ -32,7 +32,8 @@ def head_config(config: TrainConfig, target: Any, longest_sample: int, start: He
     if start is None or not start.is_served_layout:
         # nobody has said otherwise: above temperature 0 they are accepted far more often (benchmarks/README.md)
         sizes["draft_sample_method"] = "probabilistic"
-    if longest_sample > (sizes.get("draft_context_limit") or longest_sample):
+    limit = sizes.get("draft_context_limit")
+    if limit and longest_sample > limit:
         # where the head from before stopped to pay is not where this one does
         sizes["draft_context_limit"] = None
     provenance = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
+from griffin_vllm.files import make_folder, only_process_in
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.features import (
@@ -32,16 +34,6 @@ class Source(Protocol):
 
     def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
         """For each sample f (L, d) and the distributions after each position (L, k)."""
-
-
-class CachedSource:
-    """Features from disk."""
-
-    def __init__(self, cache: FeatureCache) -> None:
-        self.cache = cache
-
-    def features(self, samples: Sequence[int], tokens: Sequence[Tensor]) -> list[tuple[Tensor, SoftTargets]]:
-        return [self.cache[sample] for sample in samples]
 
 
 class TargetSource:
@@ -87,7 +79,7 @@ def open_sources(
         _open_cache(folder, data, manifests[folder], load, accelerator, console)
         for folder, data in splits.items()
     ]
-    return CachedSource(caches[0]), CachedSource(caches[1]), caches[0].shared_weights()
+    return caches[0], caches[1], caches[0].shared_weights()
 
 
 def _open_cache(
@@ -102,7 +94,7 @@ def _open_cache(
     complete = torch.tensor([is_complete(folder, manifest)], device=accelerator.device)
     if not accelerator.gather(complete).all():
         console.print(f"writing {manifest.size_in_bytes() / 1e9:.1f} GB of target features to {folder}")
-        with Progress(console=console) as progress:
+        with _writers_of(folder, accelerator), Progress(console=console) as progress:
             task = progress.add_task(
                 f"features, {data.split}", total=sum(manifest.lengths) / accelerator.num_processes
             )
@@ -115,5 +107,19 @@ def _open_cache(
                 rank=accelerator.process_index,
                 ranks=accelerator.num_processes,
             )
-        accelerator.wait_for_everyone()
     return FeatureCache(folder, manifest)
+
+
+@contextmanager
+def _writers_of(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other runs from writing the cache in ``folder`` until all processes of this one have written their parts.
+
+    Raises:
+        GriffinError: another run is writing it, or the folder cannot be written.
+    """
+    make_folder(folder)
+    refusal = "another run is writing these features; start this one again when it has"
+    with only_process_in(folder, refusal) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        yield
+        accelerator.wait_for_everyone()

@@ -108,6 +108,26 @@ def test_a_record_of_other_data_is_not_gone_on_with_and_data_without_validation_
 
 
 @pytest.mark.parametrize(
+    ("changes", "variants", "message"),
+    [
+        ({"method": "hass"}, "griffin", "method is 'hass', expected 'griffin', which variants change"),
+        ({"alignment": "off"}, "griffin", "alignment is 'off', expected None, which variants change"),
+        ({"draft_vocab": 8}, "griffin,eagle-mask", "draft_vocab"),
+    ],
+)
+def test_settings_that_would_make_a_variant_another_one_are_refused_before_anything_trains(
+    changes: dict[str, Any], variants: str, message: str, tmp_path: Path
+) -> None:
+    target = tiny.write_target(tmp_path / "target")
+    data = tiny.write_data(tmp_path / "data", target, answer_tokens=12)
+    config = tmp_path / "ablation.yaml"
+    config.write_text(yaml.safe_dump({"target": str(target), "data": str(data), **changes}))
+    with pytest.raises(GriffinError, match=message):
+        ablation.main(config, tmp_path / "runs", tmp_path / "out.json", variants=variants, seeds="1")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"variants": "griffin,eagel-mask"}, "unknown variant 'eagel-mask'; did you mean eagle-mask?"),

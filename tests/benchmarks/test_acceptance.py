@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import acceptance
-from benchmarks.acceptance import (
-    acceptance_length,
-    position_acceptance,
-    ratio_interval,
-    score,
-    summarise,
-)
+from benchmarks.acceptance import acceptance_length, position_acceptance, score, summarise
 from benchmarks.engines import Answer
+from benchmarks.intervals import ratio_interval
 from benchmarks.oracle import Seen
 from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models

@@ -143,7 +143,7 @@ def test_margins_compare_heads_whose_drafts_are_sampled_alike() -> None:
         for method, kinds in samplers.items()
         for sampler in kinds
     ]
-    header, *lines = report.margins(report.Source({"benchmark": "acceptance"}, rows, "acceptance"))
+    header, *lines = report.margins(report.ReadRecord({"benchmark": "acceptance"}, rows, "acceptance"))
     assert header[1:3] == ["method", "against"]
     assert sorted(line[1:3] for line in lines if line[0] == "all") == [
         ["griffin", "eagle"],
@@ -179,7 +179,7 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
         ["griffin (small) K=5", "none", "0", "1", *["2.00 [2.00, 2.00]"] * 2],
         ["griffin (small) K=5", "eagle (small) K=5", "0", "1", *["1.50 [1.50, 1.50]"] * 2],
     ]
-    header, *lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows, "speed"))
+    header, *lines = report.speed_margins(report.ReadRecord({"benchmark": "speed"}, rows, "speed"))
     assert header[:2] == ["method", "against"]
     assert lines == expected
     # what failed on a data set is compared on the others, and a head of one folder name is another head
@@ -187,7 +187,7 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
         measured("eagle", "z", 9.0, best_k=True),
         measured("griffin", "x", 4.0, best_k=True, head="others/small"),
     ]
-    lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows + more, "speed"))[1:]
+    lines = report.speed_margins(report.ReadRecord({"benchmark": "speed"}, rows + more, "speed"))[1:]
     assert [line for line in lines if line in expected] == expected
     assert ["griffin (small) K=5", "none", "0", "1", *["1.00 [1.00, 1.00]"] * 2] in lines
     # two GRIFFIN heads are compared once
@@ -195,7 +195,7 @@ def test_speed_margins_pool_data_sets_and_take_each_method_at_its_best_k() -> No
         lines.count(["griffin (small) K=5", "griffin (small) K=5", "0", "1", *["0.50 [0.50, 0.50]"] * 2]) == 1
     )
     assert len([line for line in lines if line[0] == line[1]]) == 1
-    assert report.speed_margins(report.Source({"benchmark": "speed"}, rows[:2], "speed")) == []
+    assert report.speed_margins(report.ReadRecord({"benchmark": "speed"}, rows[:2], "speed")) == []
 
 
 def test_a_method_that_has_one_k_needs_no_best_one() -> None:
@@ -204,7 +204,7 @@ def test_a_method_that_has_one_k_needs_no_best_one() -> None:
         row("none", 1, dataset="x", speedup=1.0) | {"samples": samples | {"seconds": [[4.0]]}},
         row("griffin", 1, dataset="x") | {"samples": samples | {"seconds": [[2.0]]}},
     ]
-    source = report.Source({"benchmark": "speed"}, rows, "speed")
+    source = report.ReadRecord({"benchmark": "speed"}, rows, "speed")
     # and no answer that does not loop gives no ratio of those
     assert report.speed_margins(source)[1:] == [
         ["griffin (small) K=5", "none", "0", "1", "2.00 [2.00, 2.00]", ""]
@@ -226,7 +226,7 @@ def test_a_head_with_one_number_another_schedule_and_a_tuned_one_are_three_metho
         for method, seconds, more in speeds
     ]
     assert [report.drafts(one) for one in rows[1:]] == ["5", "untuned", "tuned"]
-    lines = report.speed_margins(report.Source({"benchmark": "speed"}, rows, "speed"))[1:]
+    lines = report.speed_margins(report.ReadRecord({"benchmark": "speed"}, rows, "speed"))[1:]
     one, untuned, tuned = ("griffin (small) K=5", "griffin (small) untuned", "griffin (small) tuned")
     ratios = {(line[0], line[1]): float(line[4].split()[0]) for line in lines}
     assert ratios == {
@@ -267,8 +267,8 @@ def test_methods_without_a_head_are_compared_with_across_records_of_the_same_pro
 def test_a_record_says_that_its_run_was_cut_short_and_how_often_each_row_was_measured() -> None:
     rows = [row("none", 1, repeats=3), row("griffin", 1, repeats=2)]
     settings = SETTINGS | {"finished": False}
-    assert "; 2 repeats; unfinished" in report.conditions(report.Source(settings, rows, "speed"))
-    assert "unfinished" not in report.conditions(report.Source(SETTINGS, rows, "speed"))
+    assert "; 2 repeats; unfinished" in report.conditions(report.ReadRecord(settings, rows, "speed"))
+    assert "unfinished" not in report.conditions(report.ReadRecord(SETTINGS, rows, "speed"))
 
 
 def test_two_heads_of_one_folder_name_have_a_margin_each() -> None:
@@ -277,7 +277,7 @@ def test_two_heads_of_one_folder_name_have_a_margin_each() -> None:
         {"method": method, "head": head, **tau, "conversations": {"1": [tokens, 1]}}
         for method, head, tokens in (("eagle", "e", 2), ("griffin", "a/small", 3), ("griffin", "b/small", 4))
     ]
-    lines = report.margins(report.Source({"benchmark": "acceptance"}, rows, "acceptance"))[1:]
+    lines = report.margins(report.ReadRecord({"benchmark": "acceptance"}, rows, "acceptance"))[1:]
     ratios = [line[-1].split()[0] for line in lines if line[0] == "all"]
     assert ratios == ["1.500", "2.000"]
 

@@ -17,9 +17,10 @@ import pytest
 
 from benchmarks import engines, served, speed
 from benchmarks.engines import Answer
+from benchmarks.intervals import speedup
 from benchmarks.methods import Method, Run, head_digest, in_turn, parse_methods
 from benchmarks.prompts import Conversation
-from benchmarks.speed import Sample, speedup
+from benchmarks.speed import Sample
 from griffin_vllm.errors import GriffinError
 from tests.benchmarks import models
 from tests.serving import tiny

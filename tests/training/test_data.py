@@ -238,6 +238,12 @@ def test_line_that_is_too_long_is_skipped_and_the_next_ones_are_read(monkeypatch
         assert len(found) == 3
 
 
+def test_system_and_developer_turns_at_the_beginning_are_one() -> None:
+    turns = [("system", "S"), ("developer", "D"), ("user", "a"), ("assistant", "b")]
+    (found,) = read(jsonl({"conversation": [{"role": role, "content": text} for role, text in turns]}))
+    assert contents(found) == [("system", "S\n\nD"), ("user", "a"), ("assistant", "b")]
+
+
 def test_conversation_is_cleaned_at_both_ends() -> None:
     (found,) = read(
         jsonl(

@@ -28,11 +28,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import griffin_vllm.training
 from griffin_vllm.checkpoint import open_head, save_head
 from griffin_vllm.errors import GriffinError
+from griffin_vllm.files import only_process_in
 from griffin_vllm.training import sources
 from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.loop import Interrupted, Trainer
-from griffin_vllm.training.run_folder import only_run_in
+from griffin_vllm.training.run_folder import claim_output, only_run_in
 from griffin_vllm.training.target import Target
 from griffin_vllm.training.training_state import (
     TrainingState,
@@ -159,6 +160,22 @@ def test_folder_in_which_a_run_trains_is_nobody_elses_meanwhile(
         trainer.run()
     assert not list((tmp_path / "checkpoints").glob("*"))
     trainer.run()
+
+
+def test_settings_of_a_run_without_a_checkpoint_stay_when_another_one_is_begun_in_its_folder(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path)
+    other = Trainer(config.model_copy(update={"seed": config.seed + 1}))
+    trainer = Trainer(config)
+    with only_run_in(tmp_path):
+        claim_output(trainer.config)
+        with pytest.raises(GriffinError, match="another run is training in it"):
+            other.run()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+    trainer.run()
+    with pytest.raises(GriffinError, match=r"config\.json: seed is"):
+        other.run()
 
 
 def test_run_that_is_stopped_before_a_validation_makes_it_up_when_it_goes_on(
@@ -288,6 +305,21 @@ def test_target_is_loaded_once_for_the_features_of_both_splits_and_never_for_com
     for output in ("first", "second"):
         Trainer(settings(target, data, tmp_path / output, features=str(tmp_path / "features")))
         assert len(loaded) == 1
+
+
+def test_features_that_another_run_is_writing_are_left_to_it(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    config = settings(target, data, tmp_path / "run", features=str(tmp_path / "features"))
+    split = tmp_path / "features" / "train"
+    split.mkdir(parents=True)
+    with (
+        only_process_in(split, "this test is writing"),
+        pytest.raises(GriffinError, match=r"features/train: another run is writing these features"),
+    ):
+        Trainer(config)
+    assert [path.name for path in split.iterdir()] == [".lock"]
+    Trainer(config)
 
 
 def command(config: TrainConfig, path: Path, *launcher: str) -> list[str]:

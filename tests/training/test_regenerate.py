@@ -74,7 +74,10 @@ class FakeEndpoint(ThreadingHTTPServer):
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "length" if "cut" in question else "stop",
-            "message": {"role": "assistant", "content": "" if question == "silence" else f"re: {question}"},
+            "message": {
+                "role": "assistant",
+                "content": "" if question.startswith("silence") else f"re: {question}",
+            },
         }
         if request.get("return_token_ids"):
             choice["token_ids"] = [1, 2, 3, 4, 5, 6]
@@ -239,6 +242,17 @@ def test_refusals_of_the_fake_endpoint_are_listed_and_earlier_turns_kept(
     assert "too long" in listed[0]["reason"] + listed[1]["reason"]
 
 
+def test_fake_endpoint_is_asked_again_for_what_found_no_room_for_an_answer(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    prompts = write_prompts(tmp_path, "silence, cut", "fine")
+    summary = run(tmp_path, prompts, endpoint)
+    assert summary.skipped == {"no answer within --max-tokens": 1}
+    assert not (tmp_path / "out.skipped.jsonl").exists()
+    assert run(tmp_path, prompts, endpoint).done_before == 1
+    assert endpoint.questions["silence, cut"] == 2
+
+
 def test_failing_fake_endpoint_is_tried_again(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.failures = {"a": 2, "b": 9}
     summary = run(tmp_path, write_prompts(tmp_path, "a", "b", "c"), endpoint, attempts=3)
@@ -278,6 +292,18 @@ def test_work_of_a_fake_endpoint_that_dies_goes_to_the_other(
     second_endpoint.failures = {f"question {i}": 100 for i in range(20)}
     prompts = write_prompts(tmp_path, *(f"question {i}" for i in range(20)))
     assert run(tmp_path, prompts, endpoint, second_endpoint, first_pause=0.1).written == 20
+
+
+def test_fake_endpoint_that_is_not_available_at_the_start_is_left_out(
+    endpoint: FakeEndpoint, second_endpoint: FakeEndpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second_endpoint.failures["Hi"] = 1
+    prompts = write_prompts(tmp_path, "a", "b")
+    assert run(tmp_path, prompts, endpoint, second_endpoint).written == 2
+    assert not second_endpoint.questions
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{second_endpoint.url}/: does not answer chat completions" in told
+    assert "going on without it" in told
 
 
 def test_run_stops_when_the_fake_endpoint_only_fails_and_keeps_what_it_has(
