@@ -47,7 +47,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="GRIFFIN speculative decoding for vLLM: serve, train and measure draft heads.",
 )
 
 
@@ -333,8 +332,11 @@ def inspect_head(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
+        training = facts.pop("training")
         for key, value in facts.items():
             typer.echo(f"{key:24} {value}")
+        for key, value in training.items():
+            typer.echo(f"card: {key:18} {value}")
     raise typer.Exit(reason is not None)
 
 
@@ -346,8 +348,8 @@ def tune_head(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write, for servers whose environment names it as GRIFFIN_TUNING; by default tuning.json in "
-            "the head's folder, where it needs no naming."
+            help="File to write, for servers whose environment names it as GRIFFIN_TUNING; by default what that names "
+            "here, else tuning.json in the head's folder, where it needs no naming."
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts like yours, one a line.")] = None,
@@ -360,7 +362,14 @@ def tune_head(
         ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,2,4,8,16",
-    tokens: Annotated[int, typer.Option(min=8, help="Output tokens of each measured request.")] = 64,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            min=8,
+            help="Output tokens of each measured request, beyond the end of its answer, too: no more than answers to "
+            "your prompts have.",
+        ),
+    ] = 64,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the cost model against the measured speed.")
     ] = False,
@@ -368,8 +377,8 @@ def tune_head(
     """Measure how many tokens to draft on this machine, from one request at a time to many.
 
     The result stands beside the head, and the plugin uses it for this head, machine, vLLM version and precision
-    when no number of draft tokens is given. Run it on a machine that does nothing else, with the options of
-    `vllm serve` that you serve with: what is not listed below goes to vLLM.
+    when no number of draft tokens is given. Run it on a machine that does nothing else, with the engine's options
+    of `vllm serve` that you serve with: what is not listed below goes to vLLM.
 
     Example: griffin tune models/smollm2-135m-instruct griffin:smollm2-135m-instruct --enforce-eager
     """

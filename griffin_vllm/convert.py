@@ -1,4 +1,5 @@
-"""Reference layout to served layout: the same tensors behind a config that vLLM reads by itself."""
+"""From either layout to the served one, behind whose config vLLM finds the tensors by itself; with fewer draft tokens
+if wanted."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from griffin_vllm.checkpoint import (
+    CARD_FILE,
     CONFIG_FILE,
     EMBEDDINGS,
     SAFETENSORS_FILE,
@@ -21,11 +23,11 @@ from griffin_vllm.checkpoint import (
     read_target_config,
     save_head,
 )
-from griffin_vllm.config import target_sizes
+from griffin_vllm.config import HeadConfig, target_sizes
 from griffin_vllm.errors import GriffinError
 from griffin_vllm.files import atomic_folder, may_be_replaced, read_json
 
-_REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, "README.md"}
+_REPLACED = {CONFIG_FILE, SAFETENSORS_FILE, CARD_FILE}
 
 
 def convert(
@@ -36,10 +38,10 @@ def convert(
 ) -> Head:
     """Write the head in ``source`` (either layout) to ``destination`` in the served layout.
 
-    Weights keep their dtype; the copy of the target's embeddings is left out. ``target`` (folder or
-    Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve, and so is its
-    model type where this machine has the target. With
-    ``draft_vocabulary`` (target ids (N,) int64, ascending) the head drafts these tokens only.
+    Weights keep their dtype, and the model card goes along; the copy of the target's embeddings is left out.
+    ``target`` (folder or Hub id) is written into the config, so that ``vllm serve DESTINATION`` knows what to serve,
+    and so is its model type where this machine has the target. With ``draft_vocabulary`` (target
+    ids (N,) int64, ascending) the head drafts these tokens only.
 
     Raises:
         GriffinError: ``source`` is not a GRIFFIN head, or one for a target of another family or other sizes, or
@@ -55,8 +57,23 @@ def convert(
     if draft_vocabulary is not None:
         changes["draft_vocab_size"] = len(draft_vocabulary)
         tensors |= draft_vocabulary_tensors(draft_vocabulary, head.config.vocab_size)
-    save_head(destination, head.config.model_copy(update=changes).to_served(), tensors, dtype=None)
+    config = head.config.model_copy(update=changes)
+    save_head(destination, config.to_served(), tensors, _card(head, config), dtype=None)
     return open_head(destination)
+
+
+def _card(head: Head, converted: HeadConfig) -> str | None:
+    """What the model card of ``head`` says of the converted head."""
+    path = head.folder / CARD_FILE
+    if not path.is_file():
+        return None
+    card = path.read_text(encoding="utf-8", errors="replace")
+    if converted.draft_vocab_size != head.config.draft_vocab_size:
+        card += (
+            f"\n`griffin convert` then reduced the draft vocabulary to {converted.draft_vocab_size} of "
+            f"{converted.vocab_size} tokens.\n"
+        )
+    return card
 
 
 def open_for(source: Path, target: str | None) -> tuple[Head, dict[str, Any]]:

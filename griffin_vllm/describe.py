@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from griffin_vllm.checkpoint import (
+    CARD_FILE,
     CONFIG_FILE,
     DRAFT_TO_TARGET,
     TARGET_TO_DRAFT,
@@ -16,10 +19,13 @@ from griffin_vllm.checkpoint import (
 from griffin_vllm.config import target_sizes
 from griffin_vllm.errors import GriffinError
 
+# The table that is looked for stands at a card's beginning.
+MOST_CARD_LINES = 200
+
 
 def describe(head: Head) -> dict[str, Any]:
     """Sizes, provenance and place of a head, ready for JSON."""
-    card = head.folder / "README.md"
+    card = head.folder / CARD_FILE
     return {
         "folder": str(head.folder),
         "layout": "served" if head.is_served_layout else "reference",
@@ -31,7 +37,21 @@ def describe(head: Head) -> dict[str, Any]:
         ),
         **head.config.model_dump(),
         "model_card": str(card) if card.is_file() else None,
+        "training": _first_table(card) if card.is_file() else {},
     }
+
+
+def _first_table(card: Path) -> dict[str, str]:
+    """A model card's first table of two columns, which `griffin train` fills with how the head was trained."""
+    rows: dict[str, str] = {}
+    with card.open(encoding="utf-8", errors="replace") as file:
+        for line in islice(file, MOST_CARD_LINES):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if line.startswith("|") and len(cells) == 2:
+                rows[cells[0]] = cells[1]
+            elif rows:
+                break
+    return {name: value for name, value in rows.items() if name.strip("-")}
 
 
 def misfit(head: Head, target: str) -> str | None:

@@ -21,6 +21,7 @@ from griffin_vllm.checkpoint import (
 )
 from griffin_vllm.cli import app
 from griffin_vllm.config import HeadConfig
+from griffin_vllm.convert import convert
 from griffin_vllm.training.data import prepare
 from tests.full_disk import full_disk
 from tests.training.chat_targets import byte_level, write_target
@@ -66,6 +67,22 @@ def test_convert_keeps_every_number_and_names_the_target(published: Path, tmp_pa
     after = load_file(head.weights)
     assert set(before) - set(after) == {"embed_tokens.weight"}
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_model_card_stays_with_its_head_and_tells_how_it_was_trained(
+    published: Path, tmp_path: Path
+) -> None:
+    card = (
+        "# A head\n\n| | |\n| --- | --- |\n| stages | 3 draft steps |\n| data | answers |\n\n| not | this |\n"
+    )
+    (published / "README.md").write_text(card)
+    assert run("convert", published, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "README.md").read_text() == card
+    _, output = run("inspect", tmp_path / "out", "--json")
+    assert json.loads(output)["training"] == {"stages": "3 draft steps", "data": "answers"}
+    assert "card: stages             3 draft steps\n" in run("inspect", tmp_path / "out")[1]
+    converted = convert(published, tmp_path / "fewer", draft_vocabulary=torch.arange(8))
+    assert "reduced the draft vocabulary to 8 of 96 tokens" in (converted.folder / "README.md").read_text()
 
 
 def test_convert_names_the_family_of_a_target_that_is_here_and_keeps_it(

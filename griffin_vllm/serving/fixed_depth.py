@@ -27,7 +27,7 @@ def reasons(config: VllmConfig) -> list[str]:
 
 
 def warn(config: VllmConfig) -> None:
-    """Tell the operator of a head whose K counts on drafting less than that."""
+    """Warn where the head's K counts on early stops or lookup, which this set-up cannot do."""
     speculation = config.speculative_config
     head = speculation.draft_model_config.hf_config
     fixed_by = reasons(config)

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 SUPPORTED_VLLM = SpecifierSet(">=0.28,<0.33", prereleases=True)
 # Stands for a version that says nothing about its age.
 NEWEST = Version("9999")
+# Load formats of targets that are not stored as a head is, in one safetensors file.
+_FORMATS_OF_OTHER_FILES = {
+    "mistral",
+    "npcache",
+    "pt",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "tensorizer",
+}
 
 
 def register() -> None:
@@ -131,6 +140,8 @@ def _create_speculative_config(
     *args: Any,
     **kwargs: Any,
 ) -> SpeculativeConfig | None:
+    from vllm.config import LoadConfig
+
     try:
         from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
     except ImportError:
@@ -151,19 +162,32 @@ def _create_speculative_config(
         target_parallel_config,
     )
     if resolved is None:
-        return original(self, target_model_config, target_parallel_config, *args, **kwargs)
+        config = original(self, target_model_config, target_parallel_config, *args, **kwargs)
+        _refuse_unchecked_head(config)
+        return config
     check_fits()
     settings = {key: resolved.pop(key) for key in HEAD_SETTINGS if key in resolved}
     asked = copy.copy(self)
     asked.speculative_config = resolved
     asked.spec_method = asked.spec_model = asked.spec_tokens = None
     config = original(asked, target_model_config, target_parallel_config, *args, **kwargs)
+    if config.draft_load_config is None and self.load_format in _FORMATS_OF_OTHER_FILES:
+        config.draft_load_config = LoadConfig()
     # the way by which the head's config reaches the workers
     config.draft_model_config.hf_config.update(settings)
     if resolved.get("max_model_len") is None:
         # A head drafts at any position; beyond its own number vLLM would have no request draft beside a longer one.
         config.draft_model_config.max_model_len = target_model_config.max_model_len
     return config
+
+
+def _refuse_unchecked_head(config: SpeculativeConfig | None) -> None:
+    """A head of the Hub may turn out to be a GRIFFIN head only when vLLM has read its config."""
+    draft = getattr(config, "draft_model_config", None)
+    if draft is not None and ARCHITECTURE in (draft.architectures or ()):
+        raise GriffinError(
+            f"{draft.model}: is a GRIFFIN head; give it as {PREFIX}{draft.model} or with method {METHOD!r}"
+        )
 
 
 def _tell_heads_apart(speculative: ModuleType) -> None:
@@ -301,6 +325,7 @@ TOUCH_POINTS = (
             "EngineArgs.spec_method",
             "EngineArgs.spec_model",
             "EngineArgs.spec_tokens",
+            "EngineArgs.load_format",
         ),
     ),
     TouchPoint(
@@ -401,11 +426,11 @@ OUR_IMPORTS = (
 # What else is relied on beyond imports, as module:need.
 RELIED_ON = (
     "vllm.config.vllm:VllmConfig.use_v2_model_runner",
+    "vllm.config.speculative:SpeculativeConfig.draft_load_config",
     "vllm.v1.core.sched.scheduler:Scheduler.dynamic_sd_lookup",
     "vllm.v1.spec_decode.eagle:EagleProposer.vllm_config",
     "vllm.v1.spec_decode.eagle:EagleProposer.num_speculative_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer.draft_model_config",
-    "vllm.v1.spec_decode.eagle:EagleProposer.speculative_config",
     "vllm.v1.spec_decode.eagle:EagleProposer._last_draft_probs",
     "vllm.v1.spec_decode.eagle:EagleProposer._sample_draft_tokens",
     "vllm.v1.spec_decode.eagle:EagleProposer._sample_from_logits(logits, sampling_metadata)",
@@ -426,6 +451,7 @@ RELIED_ON = (
     "vllm.v1.sample.sampler:Sampler.forward(logits, sampling_metadata, predict_bonus_token)",
     "vllm.v1.sample.metadata:SamplingMetadata(spec_token_ids)",
     "vllm.v1.spec_decode.metadata:SpecDecodeMetadata(num_draft_tokens, bonus_logits_indices)",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata.max_spec_len",
     "vllm.v1.attention.backend:AttentionBackend.forward_includes_kv_cache_update",
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update(key, value, layer_name)",
     "vllm.model_executor.layers.attention.attention:Attention.attn_backend",
@@ -436,6 +462,10 @@ RELIED_ON = (
     "vllm.model_executor.models.llama:LlamaAttention.qkv_proj",
     "vllm.model_executor.models.llama:LlamaAttention.rotary_emb",
     "vllm.model_executor.models.llama:LlamaAttention.attn",
+    "vllm.model_executor.models.llama:LlamaAttention.head_dim",
+    "vllm.model_executor.models.llama:LlamaAttention.kv_size",
+    "vllm.model_executor.models.llama:LlamaAttention.num_kv_heads",
+    "vllm.model_executor.models.llama:LlamaAttention.q_size",
 )
 # The same for the V2 model runner, which loads the head by itself. Only looked up in sources: of the V2 runner
 # nothing but its loader has run here, and a name that it lacks ends in an error of its own.

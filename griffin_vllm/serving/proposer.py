@@ -37,7 +37,7 @@ def _last_rows(metadata: CommonAttentionMetadata, token_indices_to_sample: torch
 
 
 class GriffinProposer(EagleProposer):
-    """vLLM's EAGLE proposer with what LoRA needs, and seven ways of doing less.
+    """vLLM's EAGLE proposer that drafts less where less is enough.
 
     ``SpecDecodeBaseProposer.propose`` (``vllm/v1/spec_decode/llm_base_proposer.py``) already is
     GRIFFIN's decoding loop for a chain: it runs the model on the target's hidden states paired with
@@ -45,37 +45,14 @@ class GriffinProposer(EagleProposer):
     (regress) back as hidden states, K times, keeping the head's KV cache in step with what the
     target accepts. EAGLE returns one vector twice there; the dual head returns two.
 
-    *Dynamic depth*: drafting stops as soon as no request's chain (``chains.py``) is likelier, by the head's own top
-    probabilities, than ``draft_stop_probability`` of the head's config. It needs a scheduler that
-    waits for the drafts (a narrower draft tensor than K is fine with it) and no fixed shapes (``fixed_depth.py``).
-    A request whose own chain has become too unlikely while another's went on hands on what it had until then: where
-    requests share the cores or the GPU's arithmetic, verifying the rest costs more than it yields.
+    Around that loop: how many drafts each request wants (``_most_of_each``), what its text gives without the head and
+    where its chain ends (``chains.py``), and, where nobody wants a draft of the head, only entries of its KV cache, of
+    many steps at once if all requests decode (``postponed.py``). From the last draft step nothing is fed back, so the
+    head leaves regress out.
 
-    *Prompt lookup*: where a request's last ``prompt_lookup_min`` tokens stood in its text before, what followed
-    them is its draft (``lookup.py``), as far as that is likely, and the head makes none for it; a chain of the head's
-    ends in the same way as soon as it comes to such a place. Needs what dynamic depth needs. Such drafts are certain
-    ones: beside sampled drafts, their distributions have all of the probability at one token.
-
-    *Last draft step*: nothing is fed back from it, so the head leaves regress out.
-
-    *No drafts wanted* (K = 0 from a batch-size schedule): the head only writes its KV cache, and that of many
-    steps at once (``postponed.py``) where the whole batch decodes.
-
-    *Long contexts*: requests whose context has passed the head's ``draft_context_limit`` get no drafts; a
-    batch of none but such is one where no drafts are wanted. A scheduler that does not wait for the drafts
-    (asynchronous scheduling) has made room for K of each request already: there they are drafted for in
-    a mixed batch and get zeros in a batch of their own, as ``_input_fits_in_drafter`` of vLLM's
-    ``gpu_model_runner.py`` does it.
-
-    *Parts of a long prompt* get no drafts either, where the scheduler waits: it would drop them.
-
-    *Near the model's maximum length* there are fewer, and at last none. Left to itself vLLM's runner does not call a
-    proposer there: its scheduler takes zeros for drafts, K of each request, and the head's KV cache misses the step.
-
-    One thing it does less of for another reason: with ``min_tokens`` a request gets no more drafts than leave the
-    target's own token behind them below that length, for vLLM keeps *that* token from ending the answer whenever the
-    step began below it. Where the scheduler does not wait the numbers of drafts are fixed, and an answer may end later
-    than plain vLLM's.
+    A scheduler that waits for the drafts takes fewer than K, and other numbers of each request. An asynchronous one has
+    made room for K of each request already: there a request is drafted for that wants none in a mixed batch, and a
+    batch of none but such gets zeros, as ``_input_fits_in_drafter`` of vLLM's ``gpu_model_runner.py`` does it.
     """
 
     model: GriffinForCausalLM
@@ -90,7 +67,10 @@ class GriffinProposer(EagleProposer):
         self.shapes_may_vary = not fixed_depth.reasons(config)
         self.stop_probability: float = head.draft_stop_probability if self.shapes_may_vary else 0.0
         self.lookup_min: int = head.prompt_lookup_min if self.shapes_may_vary else 0
-        self.context_limit: int | None = head.draft_context_limit
+        # vLLM lets a draft model have a shorter context than its target; with us that is a limit of each request.
+        shorter = self.draft_model_config.max_model_len
+        limits = (head.draft_context_limit, shorter if shorter < config.model_config.max_model_len else None)
+        self.context_limit: int | None = min((limit for limit in limits if limit is not None), default=None)
         # A KV connector reads blocks behind the proposer's back, and saves a layer's where the layer attends.
         self.has_connector = config.kv_transfer_config is not None
         # See also initialize_attn_backend.
@@ -117,7 +97,9 @@ class GriffinProposer(EagleProposer):
         self.runner.rejection_sampler.serves_griffin = True
         if self.steps_may_vary:
             # so that the runner always calls propose, which looks at the length by itself
-            self.runner.effective_drafter_max_model_len += self.num_speculative_tokens
+            self.runner.effective_drafter_max_model_len = (
+                self.runner.max_model_len + self.num_speculative_tokens
+            )
         embed_tokens = self.model.model.embed_tokens
         if isinstance(embed_tokens, BaseLayerWithLoRA):
             self.model.model.embed_tokens = embed_tokens.base_layer
@@ -158,26 +140,18 @@ class GriffinProposer(EagleProposer):
         """
         # Not every way below leads through vLLM's own loop.
         self._last_draft_probs: torch.Tensor | None = None
-        near = self._within_limit(common_attn_metadata)
-        room = self._room(common_attn_metadata)
-        if self.scheduler_waits:
-            num_speculative_tokens = min(num_speculative_tokens, room)
-        elif room < num_speculative_tokens:
-            near = [False] * len(near)
-        all_far = self.steps_may_vary and not any(near)
-        most = [num_speculative_tokens if close else 0 for close in near]
+        # An asynchronous scheduler's step is still running on the GPU: nothing of it is looked at.
+        ends = _last_rows(common_attn_metadata, token_indices_to_sample) if self.scheduler_waits else []
+        most = self._most_of_each(
+            num_speculative_tokens, common_attn_metadata, ends, target_positions, next_token_ids
+        )
         texts: list[np.ndarray] = []
-        if self.scheduler_waits:
-            ends = _last_rows(common_attn_metadata, token_indices_to_sample)
-            last_positions = target_positions[ends].tolist()
-            self._leave_out_unfinished_prompts(most, last_positions, next_token_ids)
-            self._stay_below_min_tokens(most, last_positions)
-            if self.lookup_min and any(most):
-                starts = common_attn_metadata.query_start_loc_cpu.tolist()
-                texts = self._texts_so_far(starts, ends, target_token_ids, target_positions, next_token_ids)
+        if self.lookup_min and any(most):
+            starts = common_attn_metadata.query_start_loc_cpu.tolist()
+            texts = self._texts_so_far(starts, ends, target_token_ids, target_positions, next_token_ids)
         self.chains = Chains(most, texts, self.lookup_min, self.stop_probability)
-        idle = num_speculative_tokens == 0 or (self.steps_may_vary and not any(self.chains.wanted_of_head))
-        if idle and self._only_decodes(common_attn_metadata):
+        steps = self._steps(num_speculative_tokens, most)
+        if steps == 0 and self._only_decodes(common_attn_metadata):
             requests = len(next_token_ids)
             # of one token a request, the token after it is the next one
             slots = common_attn_metadata.slot_mapping[:requests]
@@ -187,9 +161,8 @@ class GriffinProposer(EagleProposer):
             drafts = next_token_ids.new_empty(requests, 0, dtype=torch.int64)
         else:
             self.postponed.write()
-            wanted = max(most) if self.steps_may_vary and self.scheduler_waits else num_speculative_tokens
             drafts = self._draft(
-                0 if idle else wanted,
+                steps,
                 target_token_ids=target_token_ids,
                 target_positions=target_positions,
                 target_hidden_states=target_hidden_states,
@@ -199,22 +172,53 @@ class GriffinProposer(EagleProposer):
                 **rest,
             )
         self._last_draft_probs = self.chains.with_certain_drafts(self._last_draft_probs)
+        if self.scheduler_waits:
+            return self.chains.handed_on(drafts)
+        return drafts if steps else drafts.new_zeros(len(most), num_speculative_tokens)
+
+    def _most_of_each(
+        self,
+        k: int,
+        metadata: CommonAttentionMetadata,
+        ends: Sequence[int],
+        target_positions: torch.Tensor,
+        next_token_ids: torch.Tensor,
+    ) -> list[int]:
+        """How many drafts each request wants: ``k``, or fewer near the model's maximum length (left to itself vLLM's
+        runner does not call a proposer there: its scheduler takes K zeros for each request's drafts, and the head's KV
+        cache misses the step); none beyond the head's ``draft_context_limit``."""
+        room, within_limit = self._room(metadata), self._within_limit(metadata)
         if not self.scheduler_waits:
-            return drafts.new_zeros(len(near), num_speculative_tokens) if all_far else drafts
-        return self.chains.handed_on(drafts)
+            return [k if within and room >= k else 0 for within in within_limit]
+        most = [min(k, room) if within else 0 for within in within_limit]
+        last_positions = target_positions[list(ends)].tolist()
+        self._leave_out_unfinished_prompts(most, last_positions, next_token_ids)
+        self._stay_below_min_tokens(most, last_positions)
+        return most
+
+    def _steps(self, k: int, most: Sequence[int]) -> int:
+        """How many draft steps the head makes; with 0 only its cache is written."""
+        if not self.steps_may_vary:
+            return k
+        if not any(self.chains.wanted_of_head):
+            return 0
+        return max(most) if self.scheduler_waits else k
 
     def _leave_out_unfinished_prompts(
         self, most: list[int], last_positions: Sequence[int], next_token_ids: torch.Tensor
     ) -> None:
-        """A request whose prompt goes on in the next step wants no drafts in ``most``. vLLM says that its next token is
-        the prompt's last one; in ``next_token_ids`` it is made the one after this step's part, which is what the head's
-        cache needs."""
+        """A request whose prompt goes on in the next step wants no drafts in ``most``: the scheduler would drop them.
+        vLLM says that its next token is the prompt's last one; in ``next_token_ids`` it is made the one after this
+        step's part, which is what the head's cache needs."""
         text = self.runner.input_batch.token_ids_cpu
         for i in self.runner.discard_request_mask.np[: len(most)].nonzero()[0].tolist():
             most[i] = 0
             next_token_ids[i] = int(text[i, last_positions[i] + 1])
 
     def _stay_below_min_tokens(self, most: list[int], last_positions: Sequence[int]) -> None:
+        """A request with ``min_tokens`` wants no more drafts than leave the target's own token behind them below that
+        length: vLLM keeps *that* token from ending the answer whenever the step began below it. Where the scheduler
+        does not wait the numbers of drafts are fixed, and an answer may end later than plain vLLM's."""
         batch, requests = self.runner.input_batch, self.runner.requests
         for i, request in enumerate(batch.req_ids[: len(most)]):
             least = getattr(requests[request].sampling_params, "min_tokens", 0)
@@ -225,8 +229,7 @@ class GriffinProposer(EagleProposer):
 
     def _room(self, metadata: CommonAttentionMetadata) -> int:
         """How many draft steps the longest request can take until the head's position passes the last one."""
-        longest = min(self.runner.max_model_len, self.draft_model_config.max_model_len)
-        return max(0, longest - metadata.max_seq_len + 1)
+        return max(0, self.runner.max_model_len - metadata.max_seq_len + 1)
 
     def _within_limit(self, metadata: CommonAttentionMetadata) -> list[bool]:
         """Of each request, whether its context, drafts under verification included, is within the limit."""

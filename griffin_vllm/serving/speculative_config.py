@@ -81,6 +81,9 @@ _REFUSED = {
     "tensor_parallel_size": "the head runs on the target's ranks",
     "use_heterogeneous_vocab": "a GRIFFIN head shares its target's vocabulary",
 }
+# What vLLM makes of a params.json (``transformers_utils/configs/mistral.py``), which it prefers to a config.json.
+_MISTRALS_OWN = "transformer"
+_MISTRAL_FAMILIES = {"MistralForCausalLM": "mistral", "MixtralForCausalLM": "mixtral"}
 _OTHER_METHODS = ("dspark_", "index_share_", "prompt_lookup_", "suffix_")
 
 
@@ -119,8 +122,8 @@ def resolve(
     _check_fit(head, target, parallel)
     check_values(head)
     given = {key: value for key, value in given.items() if value is not None}
-    k_said = "num_speculative_tokens" in given or spec_tokens is not None
-    unsaid = _unsaid(given, spec_tokens, head, target)
+    k_said = bool({"num_speculative_tokens", SCHEDULE} & given.keys()) or spec_tokens is not None
+    unsaid = _unsaid(given, spec_tokens, head, target, parallel)
     given = {**unsaid, **given}
     scheduled = [k for _, _, k in given.get(SCHEDULE, [])]
     k = _speculative_tokens(given.pop("num_speculative_tokens", None), spec_tokens, scheduled, head)
@@ -140,7 +143,11 @@ def resolve(
 
 
 def _unsaid(
-    given: Mapping[str, Any], spec_tokens: int | None, head: Head, target: ModelConfig
+    given: Mapping[str, Any],
+    spec_tokens: int | None,
+    head: Head,
+    target: ModelConfig,
+    parallel: ParallelConfig,
 ) -> dict[str, Any]:
     """How much to draft where the operator does not say it: as `griffin tune` has found for this head on this machine,
     else on a CPU less the more requests there are."""
@@ -156,6 +163,13 @@ def _unsaid(
             "%s is not used: %s", path, "the number of drafts or the lookup is given" if asked else other
         )
     if counts_said or not current_platform.is_cpu():
+        return {}
+    if parallel.data_parallel_size > 1:
+        logger.warning(
+            "With data parallelism vLLM takes no schedule: %d drafts are made at every load, which costs more than it "
+            "gives where a CPU serves several requests at a time; give fewer (--num-speculative-tokens)",
+            head.config.num_speculative_tokens,
+        )
         return {}
     schedule = untuned_schedule(head.config.num_speculative_tokens)
     logger.info(
@@ -279,7 +293,7 @@ def _with_revision(name: str, given: dict[str, Any]) -> str:
 def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> None:
     config, where = head.config, head.folder / CONFIG_FILE
     # A multimodal target's own model type is never one of the families, its text model's may be.
-    config.check_target(where, target.hf_config.model_type, target.get_hidden_size(), target.get_vocab_size())
+    config.check_target(where, _family(target), target.get_hidden_size(), target.get_vocab_size())
     quantization = getattr(target.hf_config, "quantization_config", None) or {}
     if not config.drafts_all_tokens and quantization.get("lm_head"):
         raise GriffinError.at(
@@ -308,6 +322,14 @@ def _check_fit(head: Head, target: ModelConfig, parallel: ParallelConfig) -> Non
     for name, size, fits in divides:
         if not fits:
             raise GriffinError.at(where, name, size, f"a number that tensor_parallel_size={ranks} divides")
+
+
+def _family(target: ModelConfig) -> str:
+    """The target's model type as Hugging Face calls it."""
+    hf_config = target.hf_config
+    if hf_config.model_type == _MISTRALS_OWN:
+        return _MISTRAL_FAMILIES.get(next(iter(hf_config.architectures or ()), ""), _MISTRALS_OWN)
+    return str(hf_config.model_type)
 
 
 def _source_of_k(unsaid: Mapping[str, Any], head: Head) -> Path:

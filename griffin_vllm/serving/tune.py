@@ -5,8 +5,8 @@ measured while the engine's number of drafts is changed, and the K with the high
 each B; 0 where no K beats plain decoding.
 
 One request comes first, with all K drafts made by the head. Where drafting can stop within a round, ``tune_depth.py``
-then looks for a larger K and the probability at which to stop, with prompt lookup if the head's config has it. Several
-requests are measured as they will be served: stopping there, and looking up.
+then looks for a larger K and the probability at which to stop, with prompt lookup if the head's config has it. What it
+finds, and several requests, are measured as they will be served: stopping there, and looking up.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def tune(
     length = max(map(len, rendered)) + tokens + 2 * max_k + 1
     stop_probability = head.config.draft_stop_probability
     alone: list[Point] = []
+    as_served: list[Point] = []
     k_alone = 0
     with running_engine(target, head, max_k, max(batch_sizes), length, engine_options) as engine:
         measured_in = precision(engine.vllm_config.model_config)
@@ -107,6 +108,11 @@ def tune(
             if depth.num_speculative_tokens:
                 k_alone, stop_probability = depth
         draft_as_served(engine, stop_probability)
+        if k_alone:
+            # with all prompts: what is looked up differs from one to the other
+            both = [(1, 0), (1, k_alone)]
+            as_served = measure_each(engine, drafts, rendered, both, tokens, times=len(rendered))
+            _, _, k_alone = choose(as_served)[0]
         several = sorted(set(batch_sizes) - {1})
         together = measure(engine, drafts, rendered, several, max_k, tokens, GIVE_UP) if several else []
     points = [*alone, *together]
@@ -120,6 +126,7 @@ def tune(
         weights=weights_digest(head.weights),
         precision=measured_in,
         points=points,
+        alone_as_served=as_served,
         num_speculative_tokens=max(1, *(k for _, _, k in schedule)),
         schedule=schedule,
         draft_stop_probability=stop_probability,
@@ -135,7 +142,21 @@ def measure(
     tokens: int,
     give_up: float = 0.0,
 ) -> list[Point]:
-    """Every K up to ``max_k`` at every batch size, with the drafter as it is; at a batch size no larger K any more
+    """Every K up to ``max_k`` at every batch size, as ``measure_each`` does it."""
+    every = list(product(batch_sizes, range(max_k + 1)))
+    return measure_each(engine, drafts, prompts, every, tokens, PASSES, give_up)
+
+
+def measure_each(
+    engine: LLMEngine,
+    drafts: Drafts,
+    prompts: Sequence[list[int]],
+    wanted: Sequence[tuple[int, int]],
+    tokens: int,
+    times: int,
+    give_up: float = 0.0,
+) -> list[Point]:
+    """Measure pairs of batch size and K ``times`` times each, with the drafter as it is; at a batch size no further K
     once one has fallen below ``give_up`` of the fastest.
 
     A chain's acceptance at a position does not depend on how many drafts follow: tau(K) is 1 + the sum of the first K
@@ -158,7 +179,8 @@ def measure(
 
     fastest: dict[int, float] = {}
     given_up: set[int] = set()
-    for size, k in track(list(product(batch_sizes, range(max_k + 1))), _title(batch_sizes)):
+    title = f"measuring {', '.join(map(str, sorted({size for size, _ in wanted})))} at once"
+    for size, k in track(wanted, title):
         if size in given_up:
             continue
         measure_once(size, k)
@@ -167,8 +189,8 @@ def measure(
         if speed < give_up * fastest[size]:
             given_up.add(size)
     # back and there again, so that a slow spell of the machine does not fall on one K
-    again = [one for turn in range(1, PASSES) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
-    for size, k in track(again, f"{_title(batch_sizes)}, again"):
+    again = [one for turn in range(1, times) for one in (list(rounds)[::-1] if turn % 2 else rounds)]
+    for size, k in track(again, f"{title}, again"):
         measure_once(size, k)
     shares = _acceptance_shares(rounds)
     return [
@@ -198,10 +220,6 @@ def _acceptance_shares(rounds: Rounds) -> list[float]:
         ]
         shares.append(sum(count > position for count in counts) / len(counts))
     return shares
-
-
-def _title(batch_sizes: Sequence[int]) -> str:
-    return f"measuring {', '.join(map(str, batch_sizes))} at once"
 
 
 def _tokens_per_second(passes: Sequence[Sequence[tuple[float, list[int]]]]) -> float:
@@ -254,22 +272,26 @@ def alone_with(k: int, schedule: Schedule) -> Schedule:
 
 
 def explain(tuning: Tuning) -> Table:
-    """The cost model against what was measured."""
+    """The cost model against what was measured; one request's rounds with all K drafts of the head's, and then what was
+    chosen of it, as it is served."""
     table = Table(
         "requests", "K", "ms a round", "tau", "tokens/s, model", "tokens/s, measured", "ratio to plain"
     )
-    plain = {point.batch_size: point for point in tuning.points if point.num_speculative_tokens == 0}
-    for point in tuning.points:
-        k = point.num_speculative_tokens
-        chosen = any(first <= point.batch_size <= last and k == best for first, last, best in tuning.schedule)
-        table.add_row(
-            str(point.batch_size),
-            str(k),
-            f"{point.step_ms:.1f}",
-            f"{point.acceptance_length:.2f}",
-            f"{predicted_speed(point):.1f}",
-            f"{point.tokens_per_second:.1f}",
-            f"{predicted_speed(point) / predicted_speed(plain[point.batch_size]):.2f}",
-            style="bold" if chosen else "",
-        )
+    several = [point for point in tuning.points if point.batch_size > 1]
+    alone = [point for point in tuning.points if point.batch_size == 1]
+    for points, note in ((alone, ""), (tuning.alone_as_served, ", as served"), (several, "")):
+        plain = {point.batch_size: point for point in points if point.num_speculative_tokens == 0}
+        for point in points:
+            size, k = point.batch_size, point.num_speculative_tokens
+            chosen = any(first <= size <= last and k == best for first, last, best in tuning.schedule)
+            table.add_row(
+                f"{size}{note}",
+                str(k),
+                f"{point.step_ms:.1f}",
+                f"{point.acceptance_length:.2f}",
+                f"{predicted_speed(point):.1f}",
+                f"{point.tokens_per_second:.1f}",
+                f"{predicted_speed(point) / predicted_speed(plain[size]):.2f}",
+                style="bold" if chosen and (points is not alone or not tuning.alone_as_served) else "",
+            )
     return table

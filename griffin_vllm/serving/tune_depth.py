@@ -1,4 +1,5 @@
-"""How likely a chain of drafts must be for another one to pay, found without a clock.
+"""How likely a chain of drafts must be for another one to pay: one run's chains replayed at every depth, with the costs
+that ``tune.py`` measured.
 
 Greedy decoding drafts the same chains at every depth (nearly so where some are looked up), so one run at the full
 depth tells what any other would have yielded: of each round, how likely the first j drafts were held to be right
@@ -40,7 +41,7 @@ class Chain(NamedTuple):
 
 
 class Depth(NamedTuple):
-    """At most ``num_speculative_tokens`` drafts, fewer once a chain is less likely than the threshold."""
+    """At most ``num_speculative_tokens`` drafts, fewer once a chain is no likelier than the threshold."""
 
     num_speculative_tokens: int
     draft_stop_probability: float

@@ -95,6 +95,11 @@ def _engine_arguments(
     arguments = EngineArgs.from_cli_args(
         parser.parse_args(["--model", target, "--max-model-len", str(length), *options])
     )
+    if arguments.speculative_config or arguments.spec_model:
+        raise GriffinError(
+            "griffin tune: its head is the second argument, and it tries the numbers of drafts by itself; leave out "
+            "--speculative-config and --speculative-model"
+        )
     if current_platform.is_cpu() and arguments.distributed_executor_backend is None:
         # As behind `vllm serve`: a worker of its own, whose threads are bound to all cores but the scheduler's.
         # In this process the model would have every core, and two cores verify at half the price of one.

@@ -49,7 +49,9 @@ class Point(BaseModel):
 
 class Tuning(BaseModel):
     """What ``tuning.json`` holds. ``schedule`` is vLLM's ``num_speculative_tokens_per_batch_size``;
-    ``draft_stop_probability`` takes the place of the head's own; ``precision`` is the target's (:func:`precision`)."""
+    ``draft_stop_probability`` takes the place of the head's own; ``precision`` is the target's (:func:`precision`).
+    Of one request ``points`` have rounds with all K drafts of the head's, ``alone_as_served`` the chosen K and 0 with
+    early stops and lookup."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,6 +61,7 @@ class Tuning(BaseModel):
     weights: str
     precision: str
     points: list[Point]
+    alone_as_served: list[Point] = []
     num_speculative_tokens: PositiveInt
     schedule: Schedule
     draft_stop_probability: float = Field(default=0.0, ge=0.0, lt=1.0)

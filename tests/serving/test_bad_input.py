@@ -481,6 +481,20 @@ def test_a_published_head_under_another_method_is_refused(models: Path, tmp_path
         configure(models, spec_method="eagle", spec_model=str(folder), spec_tokens=2)
 
 
+def test_a_griffin_head_that_only_vllms_config_shows_is_refused_under_another_method_mocked_as_the_hub_is_out_of_reach(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("griffin_vllm.serving.speculative_config.is_griffin_head", lambda _: False)
+    with pytest.raises(GriffinError, match=r"head: is a GRIFFIN head; give it as griffin:.*head or with"):
+        configure(models, spec_method="eagle", spec_model=str(models / "head"), spec_tokens=2)
+
+
+def test_a_schedule_that_asks_for_too_much_is_blamed_for_it(models: Path) -> None:
+    given = {SCHEDULE: [[1, 4, 200]]}
+    with pytest.raises(GriffinError, match=r"^speculative_config: num_speculative_tokens is 200, expected"):
+        configure(models, spec_model=f"griffin:{models / 'head'}", speculative_config=given)
+
+
 @pytest.mark.parametrize("k", [0, 129, 2.5, float("inf"), "three", True, [3]])
 def test_numbers_of_draft_tokens_that_cannot_be(models: Path, k: Any) -> None:
     speculation = {"method": "griffin", "model": str(models / "head"), "num_speculative_tokens": k}

@@ -226,6 +226,13 @@ def stopping_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def reduced_stopping_head(tmp_path_factory: pytest.TempPathFactory, stopping_head: Path) -> Path:
+    folder = tmp_path_factory.mktemp("both") / "griffin"
+    convert(stopping_head, folder, draft_vocabulary=torch.tensor([0, 2, 3, 6]))
+    return folder
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -235,6 +242,7 @@ def stopping_head(tmp_path_factory: pytest.TempPathFactory, head: Path) -> Path:
         "probabilistic, half of the vocabulary",
         "probabilistic, stopping early",
         "probabilistic, looked up",
+        "probabilistic, all of it",
     ],
 )
 def speculating(
@@ -243,14 +251,19 @@ def speculating(
     head: Path,
     reduced_head: Path,
     stopping_head: Path,
+    reduced_stopping_head: Path,
     without_speculation: dict[str, Counter[Tokens]],  # its engine is gone before the next one starts
 ) -> Iterator[LLM]:
     method, _, variant = request.param.partition(", ")
     with sampling_engine(
         target,
-        {"half of the vocabulary": reduced_head, "stopping early": stopping_head}.get(variant, head),
+        {
+            "half of the vocabulary": reduced_head,
+            "stopping early": stopping_head,
+            "all of it": reduced_stopping_head,
+        }.get(variant, head),
         draft_sample_method=method,
-        prompt_lookup_min=1 if variant == "looked up" else 0,
+        prompt_lookup_min=1 if variant in ("looked up", "all of it") else 0,
     ) as llm:
         yield llm
 

@@ -442,6 +442,17 @@ def test_requests_past_the_heads_limit_get_no_drafts_and_others_beside_them_do(
     assert {drafts for _, drafts in drafted} == {0}
 
 
+def test_a_maximum_length_of_the_drafts_own_is_a_limit_of_each_request(
+    target: str, tmp_path: Path, drafted: list[tuple[int, int]]
+) -> None:
+    head = tiny.write_head(tmp_path / "head", tiny.CONFIG)
+    speculation = {"num_speculative_tokens": K, "max_model_len": LIMIT}
+    with engine(model=target, spec_model=f"griffin:{head}", speculative_config=speculation) as llm:
+        ask(llm, SHORT, LONG)
+    assert {drafts for context, drafts in drafted if context > LIMIT + 1} == {0}
+    assert min(drafts for context, drafts in drafted if context <= LIMIT - K) > 0
+
+
 def test_a_batch_past_the_heads_limit_runs_no_draft_step(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

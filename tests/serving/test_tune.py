@@ -303,6 +303,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda here: ["--max-model-len", "64"],
         r"griffin tune: --max-model-len is 64, expected \d+ or more for these prompts",
     ),
+    "another head among the engine's options": (
+        lambda here: ["--speculative-model", "griffin:another"],
+        "griffin tune: its head is the second argument",
+    ),
     "batch sizes that are no numbers": (
         lambda here: ["--batch-sizes", "1,two"],
         "--batch-sizes is '1,two', expected whole numbers like 1,2,4",

@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from packaging.version import Version
+from safetensors.torch import save_file
 from vllm.config import SpeculativeConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -171,6 +172,44 @@ def test_what_vllm_does_with_a_draft_model_it_does_with_a_head(
     if key == "draft_load_config":
         found, value = found.load_format, "dummy"
     assert getattr(found, "name", found) == value
+
+
+@pytest.mark.parametrize(
+    ("load_format", "expected"),
+    [("auto", None), ("safetensors", None), ("sharded_state", "auto"), ("pt", "auto")],
+)
+def test_a_head_is_loaded_as_it_is_stored_whatever_its_target_is_stored_as(
+    target: Path, head: Path, load_format: str, expected: str | None
+) -> None:
+    arguments = EngineArgs(
+        model=str(target), max_model_len=256, load_format=load_format, spec_model=f"griffin:{head}"
+    )
+    found = arguments.create_engine_config().speculative_config.draft_load_config
+    assert (found and found.load_format) == expected
+
+
+def test_a_target_in_mistrals_own_format_is_of_the_mistral_family(head: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "target"
+    tiny.target_config().save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    sizes = tiny.target_config()
+    params = {
+        "dim": sizes.hidden_size,
+        "n_layers": sizes.num_hidden_layers,
+        "head_dim": sizes.head_dim,
+        "hidden_dim": sizes.intermediate_size,
+        "n_heads": sizes.num_attention_heads,
+        "n_kv_heads": sizes.num_key_value_heads,
+        "norm_eps": sizes.rms_norm_eps,
+        "vocab_size": sizes.vocab_size,
+    }
+    (folder / "params.json").write_text(json.dumps(params))
+    save_file({}, folder / "consolidated.safetensors")
+    mistral = tiny.write_head(
+        tmp_path / "head", tiny.CONFIG.model_copy(update={"target_model_type": "mistral"})
+    )
+    found = configured(model=str(folder), tokenizer_mode="hf", spec_model=f"griffin:{mistral}", spec_tokens=K)
+    assert found["architectures"] == [ARCHITECTURE]
 
 
 def test_heads_of_other_sizes_have_compiled_graphs_of_their_own(
