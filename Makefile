@@ -180,6 +180,7 @@ RECORDS = acceptance acceptance-others acceptance-lookup acceptance-others-looku
   acceptance-sampled-lookup speed speed-sampled speed-by-load speed-served round round-shipped startup
 HEADLINES = acceptance acceptance-lookup acceptance-suffix speed speed-by-load
 bench-report: $(INSTALLED)
-	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) --training $(wildcard $(RESULTS)/*-equal) \
+	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) \
+	  --training $(wildcard $(RESULTS)/*-equal) $(RESULTS)/griffin-smollm2 \
 	  --out $(RESULTS) --details benchmarks/README.md --readme README.md \
 	  --headlines $(wildcard $(HEADLINES:%=$(RESULTS)/%.json))
