@@ -155,8 +155,11 @@ bench-vocabulary: $(VOCABULARIES:%=runs/vocab-%/config.json)
 	  --methods none,$(subst $() ,,$(VOCABULARIES:%=griffin:runs/vocab-%$(comma)))griffin:$(HEADS)/griffin-$(TARGET) \
 	  --json $(RESULTS)/speed-vocabulary-sizes.json
 
-# As it is served without tuning, and tuned.
+# As it is served without tuning, and tuned; all methods at fixed numbers of drafts.
 bench-load: $(INSTALLED) demo-model
+	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
+	  --methods none,ngram,$(subst griffin-alone:$(TARGET)$(comma),,$(BENCH_HEADS)) --num-speculative-tokens 3,5 \
+	  --concurrency 1,4,16 --num-prompts 16 --turns 1 --max-tokens 32 --repeats 2 --json $(RESULTS)/speed-by-method.json
 	$(OPENMP) $(BIN)/griffin tune $(TARGET_FOLDER) griffin:$(TARGET) $(ENGINE) --explain
 	cp griffin_vllm/heads/$(TARGET)/tuning.json $(RESULTS)/
 	$(MEASURE) benchmarks/speed.py $(BENCH_FIRST) $(ENGINE) \
@@ -177,7 +180,7 @@ bench-round: $(REDUCED)/config.json
 	  --num-speculative-tokens 3 $(ENGINE) --repeats 3 --json $(RESULTS)/startup.json
 
 RECORDS = acceptance acceptance-others acceptance-lookup acceptance-others-lookup acceptance-suffix acceptance-sampled \
-  acceptance-sampled-lookup speed speed-sampled speed-by-load speed-served round round-shipped startup
+  acceptance-sampled-lookup speed speed-sampled speed-by-load speed-by-method speed-served round round-shipped startup
 HEADLINES = acceptance acceptance-lookup acceptance-suffix speed speed-by-load
 bench-report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py $(wildcard $(RECORDS:%=$(RESULTS)/%.json)) \

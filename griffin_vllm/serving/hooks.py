@@ -140,8 +140,6 @@ def _create_speculative_config(
     *args: Any,
     **kwargs: Any,
 ) -> SpeculativeConfig | None:
-    from vllm.config import LoadConfig
-
     try:
         from griffin_vllm.serving.speculative_config import HEAD_SETTINGS, resolve
     except ImportError:
@@ -172,6 +170,8 @@ def _create_speculative_config(
     asked.spec_method = asked.spec_model = asked.spec_tokens = None
     config = original(asked, target_model_config, target_parallel_config, *args, **kwargs)
     if config.draft_load_config is None and self.load_format in _FORMATS_OF_OTHER_FILES:
+        from vllm.config import LoadConfig
+
         config.draft_load_config = LoadConfig()
     # the way by which the head's config reaches the workers
     config.draft_model_config.hf_config.update(settings)

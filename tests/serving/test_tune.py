@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from griffin_vllm.checkpoint import TUNING_FILE, open_head, weights_digest
 from griffin_vllm.cli import app
 from griffin_vllm.convert import cached_served_layout
 from griffin_vllm.errors import GriffinError
-from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, measure
+from griffin_vllm.serving.tune import PROMPTS, alone_with, choose, explain, measure, tune
 from griffin_vllm.serving.tune_depth import Chain, Depth
 from griffin_vllm.serving.tune_engine import running_engine
 from griffin_vllm.serving.tuning import (
@@ -57,6 +58,36 @@ def test_each_batch_size_gets_the_drafts_that_pay_there_and_none_where_none_do()
 
 def test_a_gain_within_the_noise_leaves_drafting_off() -> None:
     assert choose([point(1, 0, 40), point(1, 1, 59.9, 1.5)]) == [(1, 1, 0)]
+
+
+@pytest.mark.parametrize(("tau", "drafts"), [(2.0, 0), (3.0, 4)])
+def test_a_depth_that_is_no_faster_as_it_is_served_leaves_drafting_off_with_an_engine_of_our_own(
+    head: Path, monkeypatch: pytest.MonkeyPatch, tau: float, drafts: int
+) -> None:
+    model_config = SimpleNamespace(dtype="float32", quantization=None)
+    engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config))
+    by_the_model = [point(1, 0, 40), point(1, 4, 90, 3.0)]
+    as_served = [point(1, 0, 40), point(1, 4, 90, tau)]
+    stand_ins: dict[str, Any] = {
+        "misfit": lambda *_: None,
+        "rendered_prompts": lambda *_: [[1]],
+        "running_engine": lambda *_: nullcontext(engine),
+        "Drafts": lambda _: SimpleNamespace(set=lambda _: None),
+        "decode": lambda *_: iter(()),
+        "draft_to_the_end": lambda _: None,
+        "draft_as_served": lambda *_: None,
+        "record_chains": lambda _: False,
+        "choose_depth": lambda *_: Depth(4, 0.25),
+        "measure": lambda *_: by_the_model,
+        "measure_each": lambda *_, **__: as_served,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(f"griffin_vllm.serving.tune.{name}", stand_in)
+    options: dict[str, Any] = {"max_k": 4, "batch_sizes": [1], "tokens": 16, "engine_options": []}
+    found = tune("target", open_head(head), ["Hi"], **options)
+    assert found.schedule == [(1, 1, drafts)]
+    rows = explain(found).columns[0]._cells
+    assert rows == ["1", "1", "1, as served", "1, as served"]
 
 
 def test_a_batch_size_is_not_measured_far_beyond_its_best_number_of_drafts(
