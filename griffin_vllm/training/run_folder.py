@@ -43,7 +43,7 @@ def with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 def check_output(config: TrainConfig, start: Head | None = None) -> dict[str, str | None]:
     """Refuse an ``output`` that holds a run with other settings (but for ``MAY_CHANGE``) or other inputs, unless that
-    run never trained a step; nothing is written. Returns the digests of this run's inputs.
+    run never trained a step; nothing is written into it. Returns the digests of this run's inputs.
 
     ``start``: the head of ``init_from``. Paths may change where digests tell that what lies behind them is the same. A
     folder that does not say its inputs, as older ones do not, is taken at its settings' word.

@@ -255,7 +255,10 @@ def test_run_without_validation_answers_trains_and_says_so(
     assert "simulated acceptance length" not in card
 
 
-def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alignment", ["off", "reference"])
+def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(
+    target: Path, tmp_path: Path, alignment: str
+) -> None:
     data = write_data(tmp_path / "few", target, conversations=6, answer_tokens=60)
     for kind in ("tokens", "mask", "offsets", "loops"):
         (data / f"validation.{kind}.npy").write_bytes((data / f"train.{kind}.npy").read_bytes())
@@ -268,7 +271,7 @@ def test_overfitting_a_handful_of_conversations_accepts_all_five_drafts(target: 
             data,
             tmp_path / "run",
             stages=[{"draft_steps": 5, "epochs": 120}],
-            alignment="off",
+            alignment=alignment,
             # What a greedy chain is judged by: the target's first choice alone.
             soft_target_tokens=1,
             learning_rate=3e-3,
