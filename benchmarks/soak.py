@@ -17,8 +17,8 @@ Status 1 unless, for every method,
   or a sixth of the run; the same sequence of requests begins anew with the last one;
 - no process grew by more than ``--max-growth-mib`` after the first window. vLLM's CPU build keeps an oneDNN product
   for each weight and each number of tokens in a step, with or without a speculator. So steps have at most 128
-  tokens here, longer prompts come in parts, and before the traffic one prompt of each length up to that brings
-  every size of a step;
+  tokens here, longer prompts come in parts, and before the traffic one prompt of each length up to that, whose
+  probabilities are asked for, brings every size of a step and of what is verified in it;
 - the server ended with status 0 at SIGTERM and left no process behind.
 """
 

@@ -230,7 +230,10 @@ class Traffic:
             for length in range(1, STEP_TOKENS + 1):
                 # tokens that every vocabulary has, at once others than those of any prompt before: nothing is cached
                 prompt = [1 + length // 50, *[1 + length % 50] * (length - 1)]
-                await client.completions.create(model=self.model, prompt=prompt, max_tokens=1)
+                # whose probabilities take as many rows of `lm_head`'s product as verifying so many tokens does
+                await client.completions.create(
+                    model=self.model, prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 0}
+                )
             self.began = time.monotonic()
             sampling = asyncio.create_task(self._sample())
             under_way: set[asyncio.Task[None]] = set()
