@@ -37,7 +37,7 @@ from griffin_vllm.training.config import TrainConfig
 from griffin_vllm.training.data import TokenDataset
 from griffin_vllm.training.head import DraftHead, GriffinHead, Streams
 from griffin_vllm.training.loop import Trainer
-from griffin_vllm.training.run_folder import check_output, input_digests, with_precision
+from griffin_vllm.training.run_folder import input_digests, with_precision
 from griffin_vllm.training.simulate import Acceptance
 
 
@@ -195,13 +195,9 @@ def run(name: str, seed: int, config: Path, out: Path) -> dict[str, Any]:
         GriffinError: what is there was trained with other settings or from other data.
     """
     settings = settings_of_run(name, seed, config, out)
-    if (settings.output / "head").is_dir():
-        check_output(with_precision(settings, torch.device("cpu")), _start(settings))
-    else:
-        VARIANTS[name].trainer(settings).run()
-    last = [row for row in records.read_lines(settings.output / "log.jsonl") if row["kind"] == "validation"][
-        -1
-    ]
+    VARIANTS[name].trainer(settings).run()
+    log = records.read_lines(settings.output / "log.jsonl")
+    last = [row for row in log if row["kind"] == "validation"][-1]
     return {
         "variant": name,
         "seed": seed,

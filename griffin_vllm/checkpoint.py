@@ -292,7 +292,7 @@ def save_head(
             if card is not None:
                 (staging / CARD_FILE).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(folder, error) from error
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def cached_served_layout(head: Head, cache: Path) -> Path:
             else:
                 convert(head.folder, staging)
     except OSError as error:
-        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(folder, error) from error
     return folder
 
 

@@ -45,7 +45,7 @@ def write_demo_model(folder: Path) -> bool:
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
     except (OSError, SafetensorError) as error:
-        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(folder, error) from error
     return True
 
 

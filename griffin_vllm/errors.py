@@ -37,6 +37,11 @@ class GriffinError(ValueError):
         expected = found["msg"].removeprefix("Input should be ")
         return cls.at(where, ".".join(map(str, found["loc"])), found.get("input"), expected)
 
+    @classmethod
+    def unwritable(cls, path: Path, error: BaseException) -> GriffinError:
+        """What ``error`` kept from being written at ``path``."""
+        return cls(f"{path}: cannot be written ({cls.reason(error)})")
+
     @staticmethod
     def reason(error: BaseException) -> str:
         """First line of another library's error (with the next one where it ends in a colon), an ``OSError``'s reason,

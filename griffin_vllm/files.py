@@ -83,7 +83,7 @@ def write_whole(path: Path, content: str | Callable[[Path], object]) -> None:
         # what stopped the writing can stop this, too
         with suppress(OSError):
             unfinished.unlink()
-        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(path, error) from error
 
 
 def claim(file: IO[bytes], refusal: str) -> None:
@@ -112,7 +112,7 @@ def only_process_in(folder: Path, refusal: str) -> Iterator[None]:
         try:
             claim(stack.enter_context((folder / LOCK).open("ab")), f"{folder}: {refusal}")
         except OSError as error:
-            raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+            raise GriffinError.unwritable(folder, error) from error
         yield
 
 
@@ -125,7 +125,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GriffinError(f"{folder}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(folder, error) from error
     if not os.access(folder, os.W_OK):
         raise GriffinError(f"{folder}: cannot be written (not allowed, or a read-only file system)")
 
@@ -140,7 +140,7 @@ def check_write_whole(path: Path) -> None:
         unfinished.open("ab").close()
         unfinished.unlink()
     except OSError as error:
-        raise GriffinError(f"{path}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(path, error) from error
 
 
 def _unfinished(path: Path) -> Path:

@@ -180,7 +180,7 @@ class GriffinProposer(EagleProposer):
         self,
         k: int,
         metadata: CommonAttentionMetadata,
-        ends: Sequence[int],
+        ends: list[int],
         target_positions: torch.Tensor,
         next_token_ids: torch.Tensor,
     ) -> list[int]:
@@ -191,7 +191,7 @@ class GriffinProposer(EagleProposer):
         if not self.scheduler_waits:
             return [k if within and room >= k else 0 for within in within_limit]
         most = [min(k, room) if within else 0 for within in within_limit]
-        last_positions = target_positions[list(ends)].tolist()
+        last_positions = target_positions[ends].tolist()
         self._leave_out_unfinished_prompts(most, last_positions, next_token_ids)
         self._stay_below_min_tokens(most, last_positions)
         return most

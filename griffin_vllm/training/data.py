@@ -258,7 +258,7 @@ def prepare(
             )
             (staging / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise GriffinError(f"{out}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(out, error) from error
     return manifest
 
 

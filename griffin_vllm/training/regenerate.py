@@ -141,7 +141,7 @@ def regenerate(
                 run = _Run(settings, summary, file, refused_file)
                 asyncio.run(run.all(base_urls, waiting, console or Console(stderr=True)))
     except OSError as error:
-        raise GriffinError(f"{out}: cannot be written ({GriffinError.reason(error)})") from error
+        raise GriffinError.unwritable(out, error) from error
     return summary
 
 
